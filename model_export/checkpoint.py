@@ -1,0 +1,65 @@
+"""Networks from training checkpoints. Checkpoints are read as tensors and plain values only; no code is unpickled."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from siamtrack.bundle import sha256
+from siamtrack.nets import MODELS
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network with its weights, and where it comes from."""
+
+    model: str
+    net: nn.Module
+    provenance: dict[str, str]
+
+
+def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
+    """Read a checkpoint that `training.train` wrote, or a bare state dict.
+
+    Args:
+        path: ``.ckpt`` or ``.pth``. Averaged weights are used where the run kept them.
+        model: name in `siamtrack.nets.MODELS`; needed for a bare state dict, and must agree with a training checkpoint.
+
+    Raises:
+        ValueError: unreadable, of another model, or keys that do not fit.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not a checkpoint of tensors and plain values: {error}") from error
+    recipe = content.get("hyper_parameters", {}).get("recipe", {})
+    trained = recipe.get("model")
+    if model and trained and model != trained:
+        raise ValueError(f"{path} is a {trained}, not a {model}; leave --model out")
+    name = model or trained
+    if name is None:
+        raise ValueError(f"{path} does not say which model it is; name it with --model ({', '.join(MODELS)})")
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+    state = content.get("state_dict", content)
+    if any(key.startswith("net.") for key in state):
+        state = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
+    net = MODELS[name]()
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {name}: {error}") from error
+    provenance = {"checkpoint_sha256": sha256(path)}
+    for key, value in (("epoch", content.get("epoch")), ("step", content.get("global_step"))):
+        if value is not None:
+            provenance[key] = str(value)
+    for key in ("seed", "epochs", "pairs_per_epoch"):
+        if key in recipe:
+            provenance[key] = str(recipe[key])
+    return Checkpoint(name, net.eval(), provenance)

@@ -1,0 +1,107 @@
+"""All packaging metadata, for pip and for colcon (ament_python).
+
+It has to run on the setuptools of every supported ROS distribution (59.6 on Ubuntu 22.04), which reads no `[project]`
+table, so the metadata stands here and not in `pyproject.toml`.
+"""
+
+import re
+from glob import glob
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+NAME = "siamtrack"
+
+
+def read_version() -> str:
+    """The version in `siamtrack/version.py`; an error when `package.xml` says another."""
+    patterns = {
+        "siamtrack/version.py": r'^__version__ = "([^"]+)"',
+        "package.xml": r"<version>([^<]+)</version>",
+    }
+    found = {}
+    for file, pattern in patterns.items():
+        match = re.search(pattern, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+        if match is None:
+            raise SystemExit(f"{file} holds no version: expected a match for {pattern}")
+        found[file] = match.group(1)
+    if len(set(found.values())) > 1:
+        raise SystemExit(f"the version must be the same in {' and '.join(found)}, but they say {found}")
+    return found["package.xml"]
+
+
+def read_readme() -> str:
+    """The project page, empty while there is none."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+TORCH = "torch>=2.4,<3"
+CUDA_ARRAYS = ["pycuda>=2024.1.2", "cuda-python>=12.6.2,<14"]
+TEST = ["pytest>=8,<10"]
+
+# The ROS wheels are for CPython 3.11 on Linux, and their message packages load only what they were built against.
+ROS_WHEELS = [
+    "ros-jazzy-rclpy==7.1.6",
+    "ros-rmw-fastrtps-cpp==8.4.3",
+    "ros-sensor-msgs==5.3.6",
+    "ros-geometry-msgs==5.3.6",
+    "ros-std-msgs==5.3.6",
+    "ros-std-srvs==5.3.6",
+    "ros-diagnostic-msgs==5.3.6",
+    "ros-visualization-msgs==5.3.6",
+]
+
+EXTRAS = {
+    "train": [
+        TORCH,
+        "lightning>=2.6,<3",
+        "tensorboard>=2.17",
+        "tqdm>=4.65",
+        "safetensors>=0.4.5",
+        "pyyaml>=6",
+    ],
+    "export": [TORCH, "onnx>=1.16,<2", "onnxscript>=0.5.4"],
+    "eval": ["tqdm>=4.65"],
+    # For a machine without a ROS installation; with one, source its setup file instead.
+    "ros": [f"{wheel}; python_version == '3.11' and sys_platform == 'linux'" for wheel in ROS_WHEELS],
+    # 10.3 is JetPack 6's. pycuda is compiled on installation and needs the CUDA toolkit's nvcc.
+    "tensorrt": ["tensorrt>=10.3,<12", *CUDA_ARRAYS],
+    "tensorrt-rtx": ["tensorrt-rtx-cu13>=1.4,<2", *CUDA_ARRAYS],
+    "test": TEST,
+    "dev": [*TEST, "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
+}
+
+setup(
+    name=NAME,
+    version=read_version(),
+    description="Siamese single-object tracking in Python and ROS 2, on ONNX Runtime or TensorRT",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    maintainer="siamtrack maintainers",
+    maintainer_email="maintainers@siamtrack.dev",
+    python_requires=">=3.10",
+    # training/, evaluation/ and benchmarks/ run from the checkout and are not installed.
+    packages=find_packages(
+        include=[f"{top}{sub}" for top in (NAME, "ros2_siamtrack", "model_export") for sub in ("", ".*")]
+    ),
+    # Engines lie one folder deeper and fit one GPU: they are not shipped.
+    package_data={NAME: ["py.typed", "models/*/*"]},
+    data_files=[
+        ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
+        (f"share/{NAME}", ["package.xml"]),
+        (f"share/{NAME}/launch", sorted(glob("launch/*.launch.py"))),
+        (f"share/{NAME}/config", sorted(glob("configs/*.yaml"))),
+    ],
+    zip_safe=False,
+    install_requires=["numpy>=1.23", "opencv-python>=4.8", "onnxruntime>=1.17", "pyyaml>=6", "tqdm>=4.65"],
+    extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": [
+            "siamtrack = siamtrack.cli:main",
+            "siamtrack-export = model_export.cli:main",
+        ],
+    },
+)

@@ -1,0 +1,37 @@
+"""Where to look for a target that was lost: windows in growing rings round the place of loss."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from siamtrack.crop import Window, square_window
+
+
+def search_windows(
+    cx: float, cy: float, side_px: float, width: int, height: int, overlap: float = 0.4
+) -> Iterator[Window]:
+    """Windows round ``(cx, cy)``, ring after ring, for ever.
+
+    The first window is the place of loss. Ring k is the square of tiles k steps away, in reading order; tiles whose
+    centre is outside the image are left out. When the rings have covered the image the search starts over.
+
+    Args:
+        cx: last known centre, image pixels.
+        cy: likewise.
+        side_px: window side.
+        width: image width.
+        height: image height.
+        overlap: share of a window that its neighbour covers too, so that a target on a seam is whole in one of them.
+    """
+    step = max(side_px * (1 - overlap), 1.0)
+    cx, cy = min(max(cx, 0.0), float(width)), min(max(cy, 0.0), float(height))
+    rings = int(max(cx, width - cx, cy, height - cy) / step) + 1
+    while True:
+        for ring in range(rings + 1):
+            for row, column in itertools.product(range(-ring, ring + 1), repeat=2):
+                if max(abs(row), abs(column)) != ring:
+                    continue
+                x, y = cx + column * step, cy + row * step
+                if 0 <= x <= width and 0 <= y <= height:
+                    yield square_window(x, y, side_px)

@@ -1,0 +1,244 @@
+"""`SiamTracker`: give it a box once, then frame after frame."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siamtrack.boxes import clip_xywh, cxcywh_to_xywh, xywh_to_cxcywh
+from siamtrack.bundle import TrackingSpec, load_bundle
+from siamtrack.crop import Image, Window, context_size, mean_bgr, square_window
+from siamtrack.lost import search_windows
+from siamtrack.runners import Features, Runner, open_runner
+from siamtrack.state import State, Status, advance
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Track:
+    """What a tracker says after a frame.
+
+    Attributes:
+        box_xywh: left, top, width, height in image pixels (continuous; pixel i covers [i, i + 1)). While LOST, the last
+            box that was believed; do not act on it.
+        score: raw confidence in [0, 1] that the target is in the box.
+        state: see `siamtrack.state.State`.
+        frame: frames since `init`, whose frame is 0.
+    """
+
+    box_xywh: Box
+    score: float
+    state: State
+    frame: int
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Everything that is remembered of the target between two frames."""
+
+    box_cxcywh: Box
+    believed_cxcywh: Box  # the box of the last TRACKING frame: where the search starts when the target is lost
+    features: Features
+    status: Status
+    frame_size: tuple[int, int]  # height, width
+    min_size_px: float
+    frame: int = 0
+    hunt: Iterator[Window] | None = None  # further windows to search while LOST
+
+
+class SiamTracker:
+    """Follows one target with a Siamese network.
+
+    ```
+    tracker = SiamTracker.from_pretrained()
+    tracker.init(frame_bgr, (x, y, w, h))
+    track = tracker.update(next_frame_bgr)
+    ```
+
+    Args:
+        runner: owns the model; closed with the tracker.
+        tracking: replaces the manifest's tracking parameters.
+    """
+
+    def __init__(self, runner: Runner, tracking: TrackingSpec | None = None) -> None:
+        self.runner = runner
+        self.tracking = tracking or runner.bundle.manifest.tracking
+        self._thresholds = runner.bundle.manifest.score.thresholds
+        self._target: _Target | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_dir: str | Path | None = None, backend: str = "onnxruntime", threads: int = 0
+    ) -> SiamTracker:
+        """A tracker of a shipped model or a bundle folder; the default model when nothing is named.
+
+        Args:
+            name_or_dir: see `siamtrack.bundle.load_bundle`.
+            backend: see `siamtrack.runners.BACKENDS`.
+            threads: CPU threads, 0 for the available cores up to 4.
+
+        Raises:
+            BundleError: the bundle is missing or damaged.
+            ValueError: no such backend.
+        """
+        return cls(open_runner(load_bundle(name_or_dir), backend, threads))
+
+    @property
+    def state(self) -> State:
+        """IDLE before `init` and after `reset`, else the state after the last frame."""
+        return self._target.status.state if self._target else State.IDLE
+
+    def init(self, frame_bgr: Image, box_xywh: Sequence[float] | NDArray[np.floating]) -> Track:
+        """Start following what is in the box; replaces a target that is being followed.
+
+        Args:
+            frame_bgr: uint8 ``[H, W, 3]``.
+            box_xywh: left, top, width, height in pixels; the part outside the image is cut off.
+
+        Raises:
+            ValueError: the frame or the box cannot be used. The previous target, if any, is kept.
+        """
+        check_frame(frame_bgr)
+        height, width = frame_bgr.shape[:2]
+        box = _cxcywh(check_box(box_xywh, width, height))
+        cx, cy, w, h = box
+        crop_spec = self.runner.bundle.manifest.crop
+        window = square_window(cx, cy, context_size(w, h, crop_spec.context))
+        features = self.runner.template(frame_bgr, window, mean_bgr(frame_bgr))
+        min_size = min(self.tracking.min_size_px, w, h)
+        self._target = _Target(box, box, features, Status(State.TRACKING), (height, width), min_size)
+        return self._track(self._target, 1.0)
+
+    def update(self, frame_bgr: Image) -> Track:
+        """Find the target in the next frame.
+
+        Args:
+            frame_bgr: uint8 ``[H, W, 3]``, of the same size as the frame given to `init`.
+
+        Raises:
+            RuntimeError: there is no target yet.
+            ValueError: the frame cannot be used; the track goes on with the next good frame.
+        """
+        target = self._target
+        if target is None:
+            raise RuntimeError("no target to follow: call init(frame, box) first")
+        check_frame(frame_bgr)
+        if frame_bgr.shape[:2] != target.frame_size:
+            (h0, w0), (h1, w1) = target.frame_size, frame_bgr.shape[:2]
+            raise ValueError(f"frame size changed from {w0}x{h0} to {w1}x{h1}: call init with a box in the new frame")
+        lost = target.status.state is State.LOST
+        windows = self._lost_windows(target) if lost else [self._window(target.box_cxcywh)]
+        tuning = (self.tracking.penalty_k, 0.0 if lost else self.tracking.window_influence, 0.0)
+        search_px = self.runner.bundle.manifest.crop.search_px
+        size = np.array(target.box_cxcywh[2:])
+        prev_size = np.array([size * search_px / w.width for w in windows], np.float32)
+        result = self.runner.search(frame_bgr, windows, [target.features] * len(windows), prev_size, tuning)
+        best = int(result.score.argmax())
+        score = float(result.score[best])
+        found = _box(windows[best].to_image(_box(result.box_cxcywh[best]), search_px))
+        rate = float(result.penalty[best]) * score * self.tracking.size_rate
+        self._target = self._follow(replace(target, frame=target.frame + 1), found, score, rate)
+        return self._track(self._target, score)
+
+    def reset(self) -> None:
+        """Forget the target: IDLE."""
+        self._target = None
+
+    def close(self) -> None:
+        """Forget the target and give the model's memory back."""
+        self.reset()
+        self.runner.close()
+
+    def _follow(self, target: _Target, found: Box, score: float, rate: float) -> _Target:
+        """The target after a frame in which `found` was the best box and had this score."""
+        status = advance(target.status, score, self._thresholds)
+        if status.state is State.LOST:
+            # Weak frames before the loss may have led astray: fall back to where the target was last believed.
+            hunt = target.hunt or self._hunt(target.believed_cxcywh, target.frame_size)
+            return replace(target, status=status, box_cxcywh=target.believed_cxcywh, hunt=hunt)
+        height, width = target.frame_size
+        cx, cy = min(max(found[0], 0.0), float(width)), min(max(found[1], 0.0), float(height))
+        w, h = (
+            min(max((1 - rate) * old + rate * new, target.min_size_px), float(limit))
+            for old, new, limit in zip(target.box_cxcywh[2:], found[2:], (width, height), strict=True)
+        )
+        box = (cx, cy, w, h)
+        believed = box if status.state is State.TRACKING else target.believed_cxcywh
+        return replace(target, status=status, box_cxcywh=box, believed_cxcywh=believed, hunt=None)
+
+    def _window(self, box_cxcywh: Box) -> Window:
+        cx, cy, w, h = box_cxcywh
+        spec = self.runner.bundle.manifest.crop
+        return square_window(cx, cy, context_size(w, h, spec.context) * spec.search_px / spec.template_px)
+
+    def _hunt(self, box_cxcywh: Box, frame_size: tuple[int, int]) -> Iterator[Window]:
+        height, width = frame_size
+        windows = search_windows(box_cxcywh[0], box_cxcywh[1], self._window(box_cxcywh).width, width, height)
+        next(windows)  # the place of loss, which is searched every frame anyway
+        return windows
+
+    def _lost_windows(self, target: _Target) -> list[Window]:
+        """The place of loss, and the next tiles of the growing search."""
+        assert target.hunt is not None
+        return [self._window(target.box_cxcywh), *itertools.islice(target.hunt, self.tracking.lost_windows - 1)]
+
+    @staticmethod
+    def _track(target: _Target, score: float) -> Track:
+        return Track(_box(cxcywh_to_xywh(target.box_cxcywh)), score, target.status.state, target.frame)
+
+
+def check_frame(frame_bgr: object) -> None:
+    """Refuse what is not a colour image.
+
+    Raises:
+        ValueError: not a uint8 array ``[H, W, 3]`` with at least one pixel.
+    """
+    if not isinstance(frame_bgr, np.ndarray):
+        raise ValueError(f"frame must be a numpy array, got {type(frame_bgr).__name__}")
+    if frame_bgr.dtype != np.uint8:
+        raise ValueError(f"frame must be uint8 (0..255), got {frame_bgr.dtype}; convert it first")
+    if frame_bgr.ndim != 3 or frame_bgr.shape[2] != 3:
+        hint = {2: "cv2.COLOR_GRAY2BGR", 3: "cv2.COLOR_BGRA2BGR"}.get(frame_bgr.ndim, "")
+        advice = f"; convert it with cv2.cvtColor(frame, {hint})" if hint else ""
+        raise ValueError(f"frame must have shape [height, width, 3] (BGR), got {list(frame_bgr.shape)}{advice}")
+    if frame_bgr.size == 0:
+        raise ValueError(f"frame is empty: shape {list(frame_bgr.shape)}")
+
+
+def check_box(box_xywh: Sequence[float] | NDArray[np.floating], width: int, height: int) -> Box:
+    """The part of a box inside the image.
+
+    Raises:
+        ValueError: not four finite numbers, no area, or less than a pixel inside the image.
+    """
+    try:
+        box = np.asarray(box_xywh, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"box must be four numbers x, y, width, height, got {box_xywh!r}") from error
+    if box.shape != (4,):
+        raise ValueError(f"box must be four numbers x, y, width, height, got shape {list(box.shape)}")
+    if not np.isfinite(box).all():
+        raise ValueError(f"box must be finite, got {box.tolist()}")
+    if box[2] <= 0 or box[3] <= 0:
+        raise ValueError(f"box width and height must be above 0, got {box[2]:g} x {box[3]:g}")
+    x, y, w, h = clip_xywh(box, width, height).tolist()
+    # A box of a fraction of a pixel that lies inside is kept; one that only grazes the image is not.
+    if w < min(1.0, box[2]) or h < min(1.0, box[3]) or math.isclose(w * h, 0.0):
+        raise ValueError(f"box {box.tolist()} lies outside the {width}x{height} image")
+    return x, y, w, h
+
+
+def _box(values: Sequence[float] | NDArray) -> Box:
+    a, b, c, d = (float(v) for v in values)
+    return a, b, c, d
+
+
+def _cxcywh(box_xywh: Box) -> Box:
+    return _box(xywh_to_cxcywh(box_xywh))

@@ -1,0 +1,383 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+
+from benchmarks import accuracy, latency
+from evaluation import ope, peers
+from evaluation.sequences import Sequence, read_frame, read_otb, read_sequences, read_video_folder
+from siamtrack.benchmark import format_table, measure, resident_memory_mib, summary
+from siamtrack.boxes import iou_xywh
+from siamtrack.state import State
+
+NAN = float("nan")
+# A 20 x 10 target that steps 5 px to the right: a box left at the start has IoU 1, 15/25, 10/30, 5/35, 0.
+TRUTH = np.array([[10.0 + 5 * index, 20, 20, 10] for index in range(5)])
+
+
+def write_images(folder: Path, truth_xywh: np.ndarray, pattern: str = "{:04d}.jpg") -> None:
+    """Frames of 96 x 64 with a bright textured target on grey noise."""
+    rng = np.random.default_rng(0)
+    (folder / "img").mkdir(parents=True)
+    background = rng.integers(60, 90, (64, 96, 3), dtype=np.uint8)
+    target = rng.integers(120, 255, (10, 20, 3), dtype=np.uint8)
+    for index, box in enumerate(truth_xywh):
+        frame = background.copy()
+        if np.isfinite(box).all():
+            x, y = int(box[0]), int(box[1])
+            frame[y : y + 10, x : x + 20] = target
+        cv2.imwrite(str(folder / "img" / pattern.format(index + 1)), frame)
+
+
+def write_otb(folder: Path, truth_xywh: np.ndarray, separator: str = ",", end: str = "\n") -> Path:
+    write_images(folder, truth_xywh)
+    rows = [separator.join(f"{value:g}" for value in np.add(row, [1, 1, 0, 0])) for row in truth_xywh]
+    (folder / "groundtruth_rect.txt").write_text(end.join(rows) + end, newline="")
+    return folder
+
+
+def write_video(folder: Path, truth_xywh: np.ndarray) -> Path:
+    write_images(folder, truth_xywh, "{:05d}.jpg")
+    np.savetxt(folder / "groundtruth.txt", truth_xywh, fmt="%.2f", delimiter=",")
+    return folder
+
+
+def moving_square(count: int) -> tuple[list[np.ndarray], tuple[float, float, float, float]]:
+    """Frames of 160 x 120 with a blotchy square of 30 px that steps 3 px to the right, and its first box."""
+    rng = np.random.default_rng(0)
+    coarse = [rng.integers(0, 256, (size, size, 3), dtype=np.uint8) for size in (20, 8)]
+    background, target = cv2.resize(coarse[0], (160, 120)), cv2.resize(coarse[1], (30, 30))
+    frames = [background.copy() for _ in range(count)]
+    for index, frame in enumerate(frames):
+        frame[45:75, 60 + 3 * index : 90 + 3 * index] = target
+    return frames, (60.0, 45.0, 30.0, 30.0)
+
+
+class Oracle:
+    """Knows the truth; what a tracker of the library looks like to the evaluation."""
+
+    def __init__(self, truth_xywh: np.ndarray, start: int = 0) -> None:
+        self.truth_xywh, self.start = truth_xywh, start
+
+    def init(self, frame_bgr: np.ndarray, box_xywh: tuple[float, float, float, float]) -> None:
+        assert frame_bgr.shape == (64, 96, 3) and box_xywh == tuple(self.truth_xywh[self.start])
+        self.index = self.start
+
+    def update(self, frame_bgr: np.ndarray) -> peers.PeerTrack:
+        self.index += 1
+        box = self.truth_xywh[self.index]
+        if np.isnan(box).any():
+            return peers.PeerTrack((0.0, 0.0, 1.0, 1.0), 0.1, State.LOST)
+        return peers.PeerTrack(tuple(box.tolist()), 0.9, State.TRACKING)
+
+
+# Sequences
+
+
+@pytest.mark.parametrize("separator", [",", "\t", " ", ", "])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_otb_boxes_become_zero_based_whatever_separates_them(tmp_path, separator, end):
+    sequence = read_otb(write_otb(tmp_path / "Deer", TRUTH, separator, end))
+    assert sequence.name == "Deer" and sequence.start == 0
+    assert [path.name for path in sequence.frames] == [f"{index:04d}.jpg" for index in range(1, 6)]
+    np.testing.assert_array_equal(sequence.truth_xywh, TRUTH)
+
+
+def test_otb_rows_without_size_are_absent(tmp_path):
+    folder = write_otb(tmp_path / "a", TRUTH[:3])
+    (folder / "groundtruth_rect.txt").write_text("11,21,20,10\n0,0,0,0\nNaN,NaN,NaN,NaN\n")
+    sequence = read_otb(folder)
+    assert sequence.has_truth.tolist() == [True, False, False]
+    assert np.isnan(sequence.truth_xywh[1:]).all()
+
+
+def test_video_folder_is_zero_based_with_nan_for_absent(tmp_path):
+    truth = TRUTH.copy()
+    truth[[0, 2]] = NAN
+    sequence = read_video_folder(write_video(tmp_path / "v", truth))
+    np.testing.assert_array_equal(sequence.truth_xywh, truth)
+    assert sequence.start == 1
+
+
+def test_frames_are_ordered_by_number(tmp_path):
+    write_images(tmp_path, TRUTH[[0] * 11], "{}.jpg")
+    (tmp_path / "groundtruth_rect.txt").write_text("1,1,5,5\n" * 11)
+    assert [int(path.stem) for path in read_otb(tmp_path).frames] == list(range(1, 12))
+
+
+def test_both_layouts_in_one_folder_and_one_sequence_by_itself(tmp_path):
+    write_otb(tmp_path / "b_otb", TRUTH)
+    write_video(tmp_path / "a_video", TRUTH)
+    (tmp_path / "c_other").mkdir()
+    sequences = read_sequences(tmp_path)
+    assert [sequence.name for sequence in sequences] == ["a_video", "b_otb"]
+    np.testing.assert_array_equal(sequences[0].truth_xywh, sequences[1].truth_xywh)
+    assert [sequence.name for sequence in read_sequences(tmp_path / "b_otb")] == ["b_otb"]
+
+
+@pytest.mark.parametrize("rows", [3, 7])
+def test_rows_that_do_not_match_the_images_are_refused(tmp_path, rows):
+    folder = write_otb(tmp_path / "a", TRUTH)
+    (folder / "groundtruth_rect.txt").write_text("1,1,5,5\n" * rows)
+    with pytest.raises(ValueError, match=f"{rows} rows for 5 images.*allow_prefix"):
+        read_otb(folder)
+    assert len(read_otb(folder, allow_prefix=True).frames) == min(rows, 5)
+
+
+def test_documented_otb_range_is_used(tmp_path):
+    write_images(tmp_path / "Football1", TRUTH[[0] * 80])
+    (tmp_path / "Football1" / "groundtruth_rect.txt").write_text("1,1,5,5\n" * 74)
+    assert read_otb(tmp_path / "Football1").frames[-1].stem == "0074"
+
+
+def test_unreadable_data_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
+        read_sequences(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no sequence in"):
+        read_sequences(tmp_path)
+    folder = write_otb(tmp_path / "a", TRUTH)
+    (folder / "groundtruth_rect.txt").write_text("1,1,5,5\n1,2,three,4\n")
+    with pytest.raises(ValueError, match=r"groundtruth_rect.txt, line 2: .*'1,2,three,4'"):
+        read_otb(folder)
+    (folder / "groundtruth_rect.txt").write_text("0,0,0,0\n" * 5)
+    with pytest.raises(ValueError, match="no frame has a box"):
+        read_otb(folder)
+    with pytest.raises(FileNotFoundError, match=r"groundtruth\.txt"):
+        read_video_folder(folder)
+    (tmp_path / "empty" / "img").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no image in"):
+        read_otb(tmp_path / "empty")
+    (tmp_path / "broken.jpg").write_text("not an image")
+    with pytest.raises(ValueError, match=r"cannot decode .*broken\.jpg"):
+        read_frame(tmp_path / "broken.jpg")
+    with pytest.raises(ValueError, match=r"shape \[1, 4\]"):
+        Sequence("s", (tmp_path / "broken.jpg",), TRUTH)
+
+
+# Metrics, computed by hand
+
+
+@pytest.mark.parametrize(
+    ("ious", "auc", "sr50", "overlap"),
+    [
+        ([1.0, 1.0], 20 / 21, 1.0, 1.0),
+        ([0.0], 0.0, 0.0, 0.0),
+        ([0.5], 10 / 21, 0.0, 0.5),  # above 0, .05, .. .45; not above .5 itself
+        ([0.15], 3 / 21, 0.0, 0.15),
+        ([0.51, 0.0], 11 / 42, 0.5, 0.255),
+    ],
+)
+def test_overlap_metrics(ious, auc, sr50, overlap):
+    assert ope.success_auc(ious) == pytest.approx(auc)
+    assert ope.success_rate(ious, 0.5) == sr50
+    assert ope.average_overlap(ious) == pytest.approx(overlap)
+
+
+def test_precision_includes_its_threshold():
+    truth = np.tile([100.0, 100, 40, 20], (4, 1))
+    boxes = np.add(truth, [[0, 0, 0, 0], [12, 16, 0, 0], [20, 0, 2, 0], [0, 4, 0, 0]])
+    # Centre errors: 0, 20, 21 and 4 px; divided by 40 x 20: 0, hypot(.3, .8), .525, .2.
+    assert ope.precision(boxes, truth) == 0.75
+    assert ope.precision(boxes, truth, 3) == 0.25
+    assert ope.norm_precision(boxes, truth) == 0.5
+    assert ope.norm_precision(boxes, truth, 0.53) == 0.75
+
+
+def test_a_box_of_nan_is_a_miss_and_truth_of_nan_is_refused():
+    assert ope.precision([[NAN] * 4], TRUTH[:1]) == 0
+    assert ope.success_auc(iou_xywh([[NAN] * 4], TRUTH[:1])) == 0
+    with pytest.raises(ValueError, match="scored_frames"):
+        ope.precision(TRUTH[:1], [[NAN] * 4])
+    with pytest.raises(ValueError, match="shape"):
+        ope.norm_precision(TRUTH[:2], TRUTH[:1])
+
+
+def test_no_frames_have_no_score():
+    empty = np.empty((0, 4))
+    for value in (ope.success_auc([]), ope.average_overlap([]), ope.precision(empty, empty)):
+        assert np.isnan(value)
+
+
+def test_state_statistics():
+    statistics = ope.state_statistics(["TRACKING", "TRACKING", "LOST", "TRACKING"], [0.9, 0.31, 0.0, 0.3])
+    assert statistics["share_tracking"] == 0.75 and statistics["hit_tracking"] == pytest.approx(2 / 3)
+    assert statistics["share_lost"] == 0.25 and statistics["hit_lost"] == 0
+    assert statistics["share_uncertain"] == 0 and np.isnan(statistics["hit_uncertain"])
+
+
+def test_mean_row_counts_sequences_the_same_and_skips_missing_values():
+    mean = ope.mean_row([{"frames": 10, "auc": 0.2, "hit_lost": NAN}, {"frames": 90, "auc": 0.6, "hit_lost": 0.5}])
+    assert mean == {"frames": 100, "auc": pytest.approx(0.4), "hit_lost": 0.5}
+    with pytest.raises(ValueError, match="no rows"):
+        ope.mean_row([])
+
+
+# One pass
+
+
+def test_perfect_tracker(tmp_path):
+    sequence = read_otb(write_otb(tmp_path / "a", TRUTH))
+    played = []
+    result = ope.run_ope(lambda: Oracle(TRUTH), sequence, on_frame=lambda: played.append(1))
+    row = ope.summarise(result, sequence)
+    assert len(played) == 5 and row["frames"] == 4
+    assert row["auc"] == pytest.approx(20 / 21) and row["precision20"] == row["norm_precision"] == row["sr50"] == 1
+    assert np.isfinite(result.seconds).all() and 0 <= row["ms_median"] <= row["ms_p95"]
+
+
+def test_static_tracker_on_known_motion(tmp_path):
+    sequence = read_otb(write_otb(tmp_path / "a", TRUTH))
+    row = ope.summarise(ope.run_ope(peers.StaticTracker, sequence), sequence)
+    # The given first box is not scored. IoU 15/25, 10/30, 5/35, 0 pass 12, 7, 3 and 0 of the 21 thresholds.
+    assert row["auc"] == pytest.approx((12 + 7 + 3 + 0) / 4 / 21)
+    assert row["sr50"] == 0.25 and row["ao"] == pytest.approx((15 / 25 + 10 / 30 + 5 / 35) / 4)
+    assert row["precision20"] == 1  # offsets 5, 10, 15, 20 px
+    assert row["norm_precision"] == 0 and row["hit_tracking"] == 0.5
+
+
+def test_frames_without_truth_are_played_but_not_scored(tmp_path):
+    truth = TRUTH.copy()
+    truth[[0, 3]] = NAN
+    sequence = read_video_folder(write_video(tmp_path / "v", truth))
+    result = ope.run_ope(lambda: Oracle(truth, start=1), sequence)
+    assert result.states == ("IDLE", "TRACKING", "TRACKING", "LOST", "TRACKING")
+    assert ope.scored_frames(result, sequence).tolist() == [False, False, True, False, True]
+    assert np.isnan(result.boxes_xywh[0]).all() and np.isnan(result.scores).tolist() == [True, True] + [False] * 3
+    row = ope.summarise(result, sequence)
+    assert row["frames"] == 2 and row["auc"] == pytest.approx(20 / 21) and row["share_tracking"] == 1
+
+
+# Peers
+
+
+def test_peers_are_listed_and_unknown_ones_refused():
+    assert "static" in peers.available_peers() and set(peers.available_peers()) <= set(peers.PEERS)
+    with pytest.raises(ValueError, match="expected one of csrt"):
+        peers.create_peer("sort")
+
+
+def test_missing_peer_names_the_package(monkeypatch):
+    monkeypatch.setattr(peers, "_opencv", lambda name: None)
+    assert peers.available_peers() == ["static"]
+    with pytest.raises(ImportError, match="pip install opencv-contrib-python"):
+        peers.create_peer("kcf")
+
+
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "static"])
+def test_opencv_peer_follows_a_slow_target(tmp_path, name):
+    if name not in peers.available_peers():
+        pytest.skip(f"this cv2 has no {name}")
+    frames, box = moving_square(4)
+    tracker = peers.create_peer(name)
+    tracker.init(frames[0], box)
+    for frame in frames[1:]:
+        track = tracker.update(frame)
+    moved = (box[0] + 9, box[1], box[2], box[3])  # 3 px a frame
+    assert iou_xywh(track.box_xywh, moved) > 0.5
+    assert track.state is State.TRACKING and track.score == 1
+    assert all(type(value) is float for value in track.box_xywh)
+
+
+def test_a_failed_update_repeats_the_last_box():
+    answers = iter([(True, (3, 4, 5, 6)), (False, (0, 0, 0, 0))])
+
+    class Failing:
+        def init(self, image: np.ndarray, box: tuple[int, ...]) -> None:
+            assert box == (2, 4, 5, 1) and all(type(value) is int for value in box)
+
+        def update(self, image: np.ndarray) -> tuple[bool, tuple[int, ...]]:
+            return next(answers)
+
+    image = np.zeros((20, 20, 3), np.uint8)
+    tracker = peers.OpenCvTracker(Failing)
+    tracker.init(image, (1.6, 4.4, 5.0, 0.2))
+    assert tracker.update(image) == peers.PeerTrack((3.0, 4.0, 5.0, 6.0), 1.0, State.TRACKING)
+    assert tracker.update(image) == peers.PeerTrack((3.0, 4.0, 5.0, 6.0), 0.0, State.LOST)
+
+
+# Measuring
+
+
+def test_measure_splits_the_stages_that_a_runner_tells():
+    class Timed(peers.StaticTracker):
+        runner = SimpleNamespace(last_timing={"crop": 0.0, "network": 0.0})
+
+    frames, box = moving_square(3)
+    times = measure(Timed(), frames, box, warmup=2, iterations=7)
+    assert set(times) == {"total", "crop", "network", "host"} and all(len(v) == 7 for v in times.values())
+    np.testing.assert_allclose(times["host"], times["total"])
+    assert list(measure(peers.StaticTracker(), frames, box, 0, 1)) == ["total"]
+    with pytest.raises(ValueError, match="iterations=0"):
+        measure(Timed(), frames, box, iterations=0)
+    with pytest.raises(ValueError, match="no frames"):
+        measure(Timed(), [], box)
+
+
+def test_frames_are_played_forth_and_back():
+    seen: list[int] = []
+
+    class Seeing(peers.StaticTracker):
+        def update(self, frame_bgr: np.ndarray) -> peers.PeerTrack:
+            seen.append(int(frame_bgr[0, 0, 0]))
+            return super().update(frame_bgr)
+
+    frames = [np.full((4, 4, 3), value, np.uint8) for value in range(4)]
+    measure(Seeing(), frames, (0, 0, 2, 2), warmup=3, iterations=6)
+    assert seen == [1, 2, 3, 2, 1, 0, 1, 2, 3]
+
+
+def test_summary_and_table():
+    times = {"total": np.arange(1.0, 102.0)}
+    assert summary(times)["total"] == {"p50": 51.0, "p95": 96.0, "p99": 100.0, "mean": 51.0}
+    assert "51.000" in format_table(times) and "20 frames/s" in format_table(times)
+    assert resident_memory_mib() > 1
+
+
+# The commands
+
+
+def test_accuracy_command(tmp_path, capsys):
+    write_otb(tmp_path / "data" / "Skiing", TRUTH)
+    write_video(tmp_path / "data" / "walk", TRUTH)
+    out = tmp_path / "results"
+    arguments = ["--data", str(tmp_path / "data"), "--model", "--peers", "static", "--out", str(out)]
+    arguments += ["--save-boxes", str(out / "boxes"), "--sheet", str(out / "sheets")]
+    assert accuracy.main(arguments) == 0
+    lines = (out / "accuracy.csv").read_text().splitlines()
+    assert lines[0].startswith("# command: python -m benchmarks.accuracy --data") and "cv2: " in lines[1]
+    rows = list(csv.DictReader(lines[2:]))
+    assert [row["sequence"] for row in rows] == ["Skiing", "walk", "mean"]
+    assert rows[2]["auc"] == f"{22 / 84:.4f}" and rows[2]["frames"] == "8" and rows[2]["hit_lost"] == ""
+    report = (out / "accuracy.md").read_text()
+    assert "## Mean without Skiing" in report and "| static | 0.262 |" in report
+    assert report in capsys.readouterr().out
+    boxes = (out / "boxes" / "static" / "walk.csv").read_text().splitlines()
+    assert len(boxes) == 6 and boxes[5].startswith("00005.jpg,10.00,20.00,20.00,10.00,1.0000,TRACKING,")
+    assert read_frame(out / "sheets" / "walk.png").shape[2] == 3
+
+
+def test_accuracy_command_without_data_or_trackers(tmp_path, capsys):
+    assert accuracy.main(["--data", str(tmp_path / "nowhere"), "--model", "--peers", "static"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    write_otb(tmp_path / "a", TRUTH)
+    assert accuracy.main(["--data", str(tmp_path), "--model", "--peers"]) == 2
+    assert "nothing to measure" in capsys.readouterr().err
+
+
+def test_latency_command(tmp_path, capsys):
+    arguments = ["--model", "--peers", "static", "--sizes", "96x96", "128x96", "--threads", "1"]
+    threads = cv2.getNumThreads()
+    assert latency.main([*arguments, "--iterations", "3", "--warmup", "0", "--out", str(tmp_path)]) == 0
+    assert cv2.getNumThreads() == threads
+    rows = list(csv.DictReader((tmp_path / "latency.csv").read_text().splitlines()[2:]))
+    assert [(row["width"], row["height"], row["stage"]) for row in rows] == [
+        ("96", "96", "total"),
+        ("128", "96", "total"),
+    ]
+    assert "128 x 96" in capsys.readouterr().out
+    assert latency.main(["--model", "--peers", "static", "--sizes", "big"]) == 2

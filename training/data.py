@@ -1,0 +1,210 @@
+"""Readers: public layouts in, tracks of sightings out.
+
+A *sighting* is one target in one image; a *track* is the same target over images in time order. A still photo gives
+tracks of one sighting. Readers touch annotation files only; images are opened when a pair is drawn.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Box = tuple[float, float, float, float]
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The outline of a target: a label image, or polygons.
+
+    Attributes:
+        path: label image of the photo's size, or None.
+        value: the target's value in the label image; 0 stands for "anything not zero".
+        polygons: outlines ``((x0, y0, x1, y1, ...), ...)`` in image pixels, used when `path` is None.
+    """
+
+    path: Path | None = None
+    value: int = 0
+    polygons: tuple[tuple[float, ...], ...] = ()
+
+    def alpha(self, labels: NDArray[np.uint8] | None, box_xyxy: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+        """Coverage 0 or 255 inside whole-pixel corners; `labels` is the decoded `path`."""
+        x0, y0, x1, y1 = box_xyxy
+        if labels is not None:
+            part = labels[y0:y1, x0:x1]
+            inside = part == self.value if self.value else part > 0
+            return np.where(inside, np.uint8(255), np.uint8(0))
+        alpha = np.zeros((y1 - y0, x1 - x0), np.uint8)
+        outlines = [np.round(np.reshape(p, (-1, 2)) - (x0, y0)).astype(np.int32) for p in self.polygons]
+        cv2.fillPoly(alpha, outlines, 255)
+        return alpha
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """One target in one image: ``box_xywh`` in image pixels (continuous, 0-based)."""
+
+    image: Path
+    box_xywh: Box
+    mask: Mask | None = None
+
+
+@dataclass(frozen=True)
+class Track:
+    """The sightings of one target in time order; `frames` holds their frame numbers."""
+
+    name: str
+    sightings: tuple[Sighting, ...]
+    frames: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sightings or len(self.sightings) != len(self.frames):
+            raise ValueError(f"track {self.name}: {len(self.sightings)} sightings, {len(self.frames)} frame numbers")
+
+
+def read_video(folder: Path) -> list[Track]:
+    """Tracks of one video: ``img/*`` with one of
+
+    * ``groundtruth.txt``: a row a frame, ``x,y,w,h`` 0-based (commas, tabs or blanks), ``nan`` where absent;
+    * ``tracks.csv``: header ``frame,id,x,y,w,h``, frames counted from 1;
+    * neither, but ``mask/<image stem>.png`` (nonzero = target): boxes are taken from the masks.
+
+    Masks are used for outlines wherever they exist.
+
+    Raises:
+        ValueError: no images, no annotations, or counts that do not match.
+    """
+    images = list_images(folder / "img" if (folder / "img").is_dir() else folder)
+    if not images:
+        raise ValueError(f"{folder}: no images in it or in its img/")
+    masks = {p.stem: p for p in (folder / "mask").glob("*.png")}
+
+    def sighting(index: int, box: Box) -> Sighting:
+        image = images[index]
+        return Sighting(image, box, Mask(masks[image.stem]) if image.stem in masks else None)
+
+    if (folder / "tracks.csv").exists():
+        rows: dict[str, list[tuple[int, Box]]] = defaultdict(list)
+        with (folder / "tracks.csv").open() as file:
+            for row in csv.DictReader(file):
+                frame = int(row["frame"]) - 1
+                if not 0 <= frame < len(images):
+                    raise ValueError(f"{folder}/tracks.csv names frame {frame + 1}, there are {len(images)} images")
+                rows[row["id"]].append((frame, _box(row)))
+        return [
+            Track(f"{folder.name}:{key}", tuple(sighting(i, b) for i, b in seen), tuple(i for i, _ in seen))
+            for key, seen in ((key, sorted(value)) for key, value in rows.items())
+        ]
+    if (folder / "groundtruth.txt").exists():
+        boxes = _read_boxes(folder / "groundtruth.txt")
+        if len(boxes) != len(images):
+            raise ValueError(f"{folder}/groundtruth.txt has {len(boxes)} rows, there are {len(images)} images")
+    elif masks:
+        boxes = [_mask_box(masks[i.stem]) if i.stem in masks else None for i in images]
+    else:
+        raise ValueError(f"{folder}: needs groundtruth.txt, tracks.csv or mask/*.png beside its images")
+    present = [(i, box) for i, box in enumerate(boxes) if box is not None]
+    if not present:
+        raise ValueError(f"{folder}: the target is never visible")
+    return [Track(folder.name, tuple(sighting(i, b) for i, b in present), tuple(i for i, _ in present))]
+
+
+def read_stills(folder: Path) -> list[Track]:
+    """One-sighting tracks of ``img/`` and ``boxes.csv`` (``image,x,y,w,h,label,mask``).
+
+    The mask column is empty, a value in the label image ``mask/<stem>.png``, or polygons as JSON.
+    """
+    csv.field_size_limit(1 << 24)  # polygon columns are long
+    tracks = []
+    with (folder / "boxes.csv").open(newline="") as file:
+        for number, row in enumerate(csv.DictReader(file)):
+            image = folder / "img" / row["image"]
+            text = row.get("mask") or ""
+            mask = None
+            if text.startswith("["):
+                mask = Mask(polygons=tuple(tuple(p) for p in json.loads(text) if len(p) >= 6))
+            elif text:
+                mask = Mask(folder / "mask" / f"{image.stem}.png", int(float(text)))
+            tracks.append(Track(f"{folder.name}:{number}", (Sighting(image, _box(row), mask),), (0,)))
+    return tracks
+
+
+def read_coco(annotations: Path, images: Path) -> list[Track]:
+    """One-sighting tracks of a COCO ``instances_*.json``; crowd annotations are left out.
+
+    Args:
+        annotations: the JSON file.
+        images: folder of the images it names.
+    """
+    content = json.loads(annotations.read_text())
+    for key in ("images", "annotations"):
+        if key not in content:
+            raise ValueError(f"{annotations}: not a COCO instances file, {key!r} is missing")
+    files = {image["id"]: images / image["file_name"] for image in content["images"]}
+    tracks = []
+    for item in content["annotations"]:
+        if item.get("iscrowd"):
+            continue
+        outline = item.get("segmentation")
+        polygons = tuple(tuple(p) for p in outline if len(p) >= 6) if isinstance(outline, list) else ()
+        x, y, w, h = item["bbox"]
+        sighting = Sighting(files[item["image_id"]], (x, y, w, h), Mask(polygons=polygons) if polygons else None)
+        tracks.append(Track(f"{annotations.stem}:{item['id']}", (sighting,), (0,)))
+    return tracks
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files of a folder in natural order (``2.jpg`` before ``10.jpg``)."""
+
+    def key(path: Path) -> list[str | int]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+    return sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES), key=key)
+
+
+def usable(tracks: Sequence[Track], min_side_px: float = 10.0) -> list[Track]:
+    """Tracks without the sightings whose box is thinner than `min_side_px`; tracks left empty are dropped."""
+    kept = []
+    for track in tracks:
+        pairs = [
+            (s, f)
+            for s, f in zip(track.sightings, track.frames, strict=True)
+            if min(s.box_xywh[2:]) >= min_side_px and max(s.box_xywh[2:]) < 12 * min(s.box_xywh[2:])
+        ]
+        if pairs:
+            kept.append(Track(track.name, tuple(s for s, _ in pairs), tuple(f for _, f in pairs)))
+    return kept
+
+
+def _box(row: dict[str, str]) -> Box:
+    return float(row["x"]), float(row["y"]), float(row["w"]), float(row["h"])
+
+
+def _read_boxes(path: Path) -> list[Box | None]:
+    boxes: list[Box | None] = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        values = [float(v) for v in re.split(r"[,\s]+", line.strip()) if v]
+        if len(values) != 4:
+            raise ValueError(f"{path}:{number}: expected x,y,w,h, got {line!r}")
+        x, y, w, h = values
+        boxes.append((x, y, w, h) if np.isfinite(values).all() and w > 0 and h > 0 else None)
+    return boxes
+
+
+def _mask_box(path: Path) -> Box | None:
+    labels = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    if labels is None:
+        raise ValueError(f"{path}: not a readable image")
+    rows, columns = np.flatnonzero(labels.any(axis=1)), np.flatnonzero(labels.any(axis=0))
+    if not rows.size:
+        return None
+    return float(columns[0]), float(rows[0]), float(columns[-1] - columns[0] + 1), float(rows[-1] - rows[0] + 1)
