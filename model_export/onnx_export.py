@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from siamtrack.bundle import (
     SCHEMA_VERSION,
+    SEARCH_OUTPUTS,
     Bundle,
     CropSpec,
     GraphSpec,
@@ -33,10 +34,7 @@ from siamtrack.state import Thresholds
 
 OPSET = 18
 SCORE_MEANING = "probability, as trained, that the chosen cell lies on the target; before size penalty and window"
-UNCALIBRATED = Thresholds(
-    tracking_above=0.5, uncertain_below=0.4, lost_below=0.2, lost_after=10, found_above=0.6
-)
-SEARCH_OUTPUTS = ("box", "score", "penalty", "response")
+UNCALIBRATED = Thresholds(tracking_above=0.5, uncertain_below=0.4, lost_below=0.2, lost_after=10, found_above=0.6)
 
 
 def export_bundle(
@@ -62,8 +60,9 @@ def export_bundle(
     out.mkdir(parents=True, exist_ok=True)
     t, s = siamese.template_size, siamese.search_size
     template_in = (torch.zeros(1, t, t, 3, dtype=torch.uint8),)
+    template = TemplateGraph(siamese)
     with torch.no_grad():
-        tensors = TemplateGraph(siamese)(*template_in)
+        tensors = template(*template_in)
     # Two samples in the example: an axis of one would be taken for a constant.
     search_in = (
         torch.zeros(2, s, s, 3, dtype=torch.uint8),
@@ -73,7 +72,9 @@ def export_bundle(
     )
     names = siamese.template_names
     graphs = {
-        "template": _export(TemplateGraph(siamese), template_in, ("image",), names, out / "template.onnx", batched=False),
+        "template": _export(
+            TemplateGraph(siamese), template_in, ("image",), names, out / "template.onnx", batched=False
+        ),
         "search": _export(
             SearchGraph(siamese),
             search_in,

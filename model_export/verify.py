@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from siamtrack.boxes import xywh_to_cxcywh
-from siamtrack.bundle import Bundle
+from siamtrack.bundle import SEARCH_OUTPUTS, Bundle
 from siamtrack.crop import Image, context_size, crop, mean_bgr, square_window
 from siamtrack.nets.decode import SearchGraph, SiameseNet, TemplateGraph
 from siamtrack.runners.onnxruntime import OnnxRuntimeRunner
@@ -88,7 +88,7 @@ def compare_with_onnxruntime(
                 template_error = max(template_error, float(np.abs(a - b.numpy()).max()) / scale)
             feeds = {"image": search_crop[None], "prev_size": size[None], "tuning": tuning}
             feeds |= dict(zip(siamese.template_names, ours, strict=True))
-            box, score, _, response = search_session.run(list(("box", "score", "penalty", "response")), feeds)
+            box, score, _, response = search_session.run(list(SEARCH_OUTPUTS), feeds)
             box_t, score_t, _, response_t = search_graph(
                 torch.from_numpy(search_crop[None].copy()),
                 *reference,

@@ -4,8 +4,8 @@
 
 * ``template``: ``image`` uint8 ``[1, T, T, 3]`` BGR -> template tensors, opaque to the host;
 * ``search``: ``image`` uint8 ``[N, S, S, 3]`` BGR, the template tensors ``[N, ...]``, ``prev_size`` f32 ``[N, 2]``
-  (w, h in crop pixels), ``tuning`` f32 ``[3]`` (penalty_k, window_influence, spare) -> ``box`` f32 ``[N, 4]`` (cx, cy, w,
-  h in crop pixels), ``score`` f32 ``[N]`` in [0, 1], ``penalty`` f32 ``[N]``, ``response`` f32 ``[N, H, W]``.
+  (w, h in crop pixels), ``tuning`` f32 ``[3]`` (penalty_k, window_influence, spare) -> ``box`` f32 ``[N, 4]`` (cx, cy,
+  w, h in crop pixels), ``score`` f32 ``[N]`` in [0, 1], ``penalty`` f32 ``[N]``, ``response`` f32 ``[N, H, W]``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from siamtrack.plain import from_plain, to_plain
 from siamtrack.state import Thresholds
 
 SCHEMA_VERSION = 1
+SEARCH_OUTPUTS = ("box", "score", "penalty", "response")
 MANIFEST_NAME = "manifest.json"
 MODELS_DIR = Path(__file__).parent / "models"
 DEFAULT_MODEL = "siamcan-mobilenetv2"

@@ -90,8 +90,30 @@ def crop(image: Image, window: Window, size_px: int, fill_bgr: tuple[float, floa
     before_x, before_y = x0 - window.left, y0 - window.top
     after_x, after_y = window.left + window.width - x1, window.top + window.height - y1
     if before_x or before_y or after_x or after_y:
+        if window.width * window.height > (4 * size_px) ** 2:
+            # Padding takes memory for the whole window: 400 MB for a target as large as a 4K image.
+            return _sample(patch, window, x0, y0, size_px, fill_bgr)
         colour = tuple(round(c) for c in fill_bgr)
-        patch = cv2.copyMakeBorder(patch, before_y, after_y, before_x, after_x, cv2.BORDER_CONSTANT, value=colour)
+        patch = np.asarray(
+            cv2.copyMakeBorder(patch, before_y, after_y, before_x, after_x, cv2.BORDER_CONSTANT, value=colour), np.uint8
+        )
     if patch.shape[:2] == (size_px, size_px):
         return patch.copy()
-    return cv2.resize(patch, (size_px, size_px), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(cv2.resize(patch, (size_px, size_px), interpolation=cv2.INTER_LINEAR), np.uint8)
+
+
+def _sample(
+    patch: Image, window: Window, x0: int, y0: int, size_px: int, fill_bgr: tuple[float, float, float]
+) -> Image:
+    """The bilinear resize of a window of which only `patch`, at ``(x0, y0)`` of the image, lies inside the image."""
+    sx, sy = window.width / size_px, window.height / size_px
+    crop_to_patch = np.array([[sx, 0, sx / 2 - 0.5 + window.left - x0], [0, sy, sy / 2 - 0.5 + window.top - y0]])
+    sampled = cv2.warpAffine(
+        patch,
+        crop_to_patch,
+        (size_px, size_px),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=tuple(round(c) for c in fill_bgr),
+    )
+    return np.asarray(sampled, np.uint8)

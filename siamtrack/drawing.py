@@ -31,7 +31,6 @@ _PAPER_BGR: Colour = (32, 28, 26)
 _INK_BGR: Colour = (235, 235, 235)
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _FONT_PX = 22.0  # cap height of the Hershey font at scale 1
-_SHIFT = 4  # OpenCV draws at 1/16 pixel with this
 
 
 def draw_track(
@@ -54,7 +53,8 @@ def draw_track(
         truth_xywh: the true box, drawn thin and white, or None.
 
     Raises:
-        ValueError: a frame of another shape or type, an unknown state, or a box that is not four finite numbers.
+        ValueError: a frame of another shape or type, an unknown state, or a box that is not four finite numbers
+            with sizes of 0 or more.
     """
     _check_image(frame, "frame")
     if state not in STATE_BGR:
@@ -65,7 +65,7 @@ def draw_track(
         _draw_box(image, _checked_box(truth_xywh, "truth_xywh"), TRUTH_BGR, max(round(unit), 1), dashed=False)
     if box_xywh is not None:
         box = _checked_box(box_xywh, "box_xywh")
-        thickness = max(round(2.0 * unit), 1)
+        thickness = max(round(3.0 * min(image.shape[:2]) / 720), 1)
         # A dark rim keeps the line visible on a ground of its own colour.
         _draw_box(image, box, _PAPER_BGR, thickness + 2 * max(round(0.8 * unit), 1), dashed=state == "LOST")
         _draw_box(image, box, colour, thickness, dashed=state == "LOST")
@@ -189,28 +189,33 @@ def _check_image(image: Image, name: str) -> None:
 
 def _checked_box(box_xywh: Sequence[float], name: str) -> Box:
     values = np.asarray(box_xywh, dtype=np.float64)
-    if values.shape != (4,) or not np.isfinite(values).all():
-        raise ValueError(f"{name} must be four finite numbers x, y, width, height; got {box_xywh}")
-    x, y, w, h = np.clip(values, -1e6, 1e6).tolist()  # OpenCV's fixed-point coordinates overflow beyond
+    if values.shape != (4,) or not np.isfinite(values).all() or values[2:].min() < 0:
+        raise ValueError(f"{name} must be four finite numbers x, y, width, height, sizes 0 or more; got {box_xywh}")
+    x, y, w, h = np.clip(values, -1e6, 1e6).tolist()  # far enough outside, and safe to round to int
     return x, y, w, h
 
 
-def _fixed(x: float, y: float) -> tuple[int, int]:
-    """Continuous coordinates as OpenCV's fixed-point ones, whose origin is the centre of the first pixel."""
-    return round((x - 0.5) * (1 << _SHIFT)), round((y - 0.5) * (1 << _SHIFT))
-
-
 def _draw_box(image: Image, box: Box, colour: Colour, thickness: int, dashed: bool) -> None:
-    x, y, w, h = box
-    corners = [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
-    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
-        length = math.hypot(x1 - x0, y1 - y0)
-        # Dashes begin and end each side, so that corners stay closed; the count is odd and follows the side's length.
-        parts = min(2 * round(length / (10 * _unit(image)) / 2), 400) + 1 if dashed else 1
-        for part in range(0, parts, 2):
-            a, b = part / parts, (part + 1) / parts
-            start, end = (x0 + a * (x1 - x0), y0 + a * (y1 - y0)), (x0 + b * (x1 - x0), y0 + b * (y1 - y0))
-            cv2.line(image, _fixed(*start), _fixed(*end), colour, thickness, cv2.LINE_AA, _SHIFT)
+    """Four bars of whole pixels, centred on the box's edges: half-covered pixels would wash out a thin line."""
+    x0, y0 = math.floor(box[0] - thickness / 2 + 0.5), math.floor(box[1] - thickness / 2 + 0.5)
+    x1, y1 = math.floor(box[0] + box[2] - thickness / 2 + 0.5), math.floor(box[1] + box[3] - thickness / 2 + 0.5)
+    for first, last in _dashes(x0, x1 + thickness, image) if dashed else [(x0, x1 + thickness)]:
+        _fill(image, first, y0, last, y0 + thickness, colour)
+        _fill(image, first, y1, last, y1 + thickness, colour)
+    for first, last in _dashes(y0, y1 + thickness, image) if dashed else [(y0, y1 + thickness)]:
+        _fill(image, x0, first, x0 + thickness, last, colour)
+        _fill(image, x1, first, x1 + thickness, last, colour)
+
+
+def _dashes(start: int, stop: int, image: Image) -> list[tuple[int, int]]:
+    """Every other stretch of a side. Their count is odd, so that a dash closes each corner."""
+    parts = min(2 * round((stop - start) / (20 * _unit(image))), 400) + 1
+    cuts = np.round(np.linspace(start, stop, parts + 1)).astype(int).tolist()
+    return list(zip(cuts[::2], cuts[1::2], strict=True))
+
+
+def _fill(image: Image, x0: int, y0: int, x1: int, y1: int, colour: Colour) -> None:
+    image[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = colour
 
 
 def _draw_tag(image: Image, box: Box, text: str, colour: Colour, unit: float) -> None:
@@ -224,7 +229,7 @@ def _draw_tag(image: Image, box: Box, text: str, colour: Colour, unit: float) ->
 
 
 def _draw_header(image: Image, state: str, text: str, colour: Colour, unit: float) -> None:
-    text_px = 12 * unit
+    text_px = 17 * unit
     bar, chip = 2.4 * text_px, _text_width(state, text_px) + 1.6 * text_px
     score_width = _text_width(text, text_px) + 1.4 * text_px
     _shade(image, 0, 0, chip + score_width, bar, _PAPER_BGR, 0.72)

@@ -13,8 +13,9 @@ def search_windows(
 ) -> Iterator[Window]:
     """Windows round ``(cx, cy)``, ring after ring, for ever.
 
-    The first window is the place of loss. Ring k is the square of tiles k steps away, in reading order; tiles whose
-    centre is outside the image are left out. When the rings have covered the image the search starts over.
+    The first window is the place of loss. Ring k is the square of tiles k steps away, in reading order; the outermost
+    tiles are centred on the image's edge, others outside are left out. When the rings have covered every pixel of the
+    image the search starts over.
 
     Args:
         cx: last known centre, image pixels.
@@ -33,5 +34,6 @@ def search_windows(
                 if max(abs(row), abs(column)) != ring:
                     continue
                 x, y = cx + column * step, cy + row * step
-                if 0 <= x <= width and 0 <= y <= height:
-                    yield square_window(x, y, side_px)
+                # Half a step beyond the edge, or a strip of the image between the last tile and the edge stays unseen.
+                if -step / 2 <= x <= width + step / 2 and -step / 2 <= y <= height + step / 2:
+                    yield square_window(min(max(x, 0.0), width), min(max(y, 0.0), height), side_px)

@@ -29,13 +29,15 @@ def from_plain(kind: type[T], content: Any, where: str) -> T:
     if unknown:
         raise ValueError(f"{where}: unknown field {', '.join(map(str, unknown))}; known: {', '.join(sorted(hints))}")
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    required = {
-        f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
+    required = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
     missing = sorted(required - set(content))
     if missing:
         raise ValueError(f"{where}: missing field {', '.join(missing)}")
-    return kind(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in content.items()})
+    values = {name: _value(hints[name], value, f"{where}.{name}") for name, value in content.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def to_plain(value: Any) -> Any:
@@ -70,6 +72,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         _check(isinstance(value, Mapping), where, "a mapping", value)
         return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float:
+        _check(not isinstance(value, bool), where, "a number", value)
         try:
             return float(value)  # YAML reads 1e-4 as text
         except (TypeError, ValueError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -205,7 +204,8 @@ def check_frame(frame_bgr: object) -> None:
     if frame_bgr.dtype != np.uint8:
         raise ValueError(f"frame must be uint8 (0..255), got {frame_bgr.dtype}; convert it first")
     if frame_bgr.ndim != 3 or frame_bgr.shape[2] != 3:
-        hint = {2: "cv2.COLOR_GRAY2BGR", 3: "cv2.COLOR_BGRA2BGR"}.get(frame_bgr.ndim, "")
+        channels = {2: 1, 3: frame_bgr.shape[-1]}.get(frame_bgr.ndim)
+        hint = {1: "cv2.COLOR_GRAY2BGR", 4: "cv2.COLOR_BGRA2BGR"}.get(channels, "") if channels else ""
         advice = f"; convert it with cv2.cvtColor(frame, {hint})" if hint else ""
         raise ValueError(f"frame must have shape [height, width, 3] (BGR), got {list(frame_bgr.shape)}{advice}")
     if frame_bgr.size == 0:
@@ -229,13 +229,14 @@ def check_box(box_xywh: Sequence[float] | NDArray[np.floating], width: int, heig
     if box[2] <= 0 or box[3] <= 0:
         raise ValueError(f"box width and height must be above 0, got {box[2]:g} x {box[3]:g}")
     x, y, w, h = clip_xywh(box, width, height).tolist()
-    # A box of a fraction of a pixel that lies inside is kept; one that only grazes the image is not.
-    if w < min(1.0, box[2]) or h < min(1.0, box[3]) or math.isclose(w * h, 0.0):
+    # A box of a fraction of a pixel that lies inside is kept; one that only grazes the image is not. Clipping goes over
+    # x + w, which costs the size its last digits.
+    if w < min(1.0, box[2] * 0.999) or h < min(1.0, box[3] * 0.999) or w * h == 0:
         raise ValueError(f"box {box.tolist()} lies outside the {width}x{height} image")
     return x, y, w, h
 
 
-def _box(values: Sequence[float] | NDArray) -> Box:
+def _box(values: Sequence[float] | NDArray[np.floating]) -> Box:
     a, b, c, d = (float(v) for v in values)
     return a, b, c, d
 

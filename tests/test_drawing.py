@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -36,9 +37,9 @@ def test_state_colour_is_on_the_box(state: str, size: tuple[int, int]) -> None:
 
 def test_box_is_drawn_at_its_edges() -> None:
     drawn = draw_track(frame(), (200.0, 150.0, 120.0, 90.0), "TRACKING", 0.9)
-    changed = np.argwhere((drawn != GREY).any(axis=2)[60:])  # below the header
-    np.testing.assert_allclose(changed.min(axis=0) + [60, 0], [150, 200], atol=4)
-    np.testing.assert_allclose(changed.max(axis=0) + [61, 1], [240, 320], atol=4)
+    rows, columns = np.nonzero((drawn != GREY).any(axis=2)[60:])  # below the header
+    edges = [columns.min(), rows.min() + 60, columns.max() + 1, rows.max() + 61]
+    np.testing.assert_allclose(edges, [200, 150, 320, 240], atol=3)
 
 
 def test_lost_box_is_dashed() -> None:
@@ -81,10 +82,11 @@ def test_boxes_outside_the_image_do_no_harm(box: tuple[float, ...], state: str) 
         ((frame(), None, "tracking", 0.0), "unknown state 'tracking': expected one of TRACKING"),
         ((frame(), (1, 2, 3), "IDLE", 0.0), "box_xywh must be four finite numbers"),
         ((frame(), (1, 2, float("nan"), 4), "IDLE", 0.0), "box_xywh must be four finite numbers"),
+        ((frame(), (1, 2, -3, 4), "LOST", 0.0), r"sizes 0 or more; got \(1, 2, -3, 4\)"),
         ((frame(), None, "IDLE", 0.0, "", (1, 2, float("inf"), 4)), "truth_xywh must be"),
     ],
 )
-def test_draw_track_errors(arguments: tuple, message: str) -> None:
+def test_draw_track_errors(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw_track(*arguments)
 
@@ -115,7 +117,7 @@ def test_contact_sheet_keeps_aspect_and_writes_captions() -> None:
         ([frame(), np.zeros((3, 3), np.uint8)], ["", ""], {}, r"images\[1\]"),
     ],
 )
-def test_contact_sheet_errors(images: list, captions: list, settings: dict, message: str) -> None:
+def test_contact_sheet_errors(images: list[Any], captions: list[str], settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         contact_sheet(images, captions, **settings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -32,7 +33,7 @@ class Jitter:
 def jittered_window(
     box_cxcywh: tuple[float, float, float, float], template_px: int, size_px: int, jitter: Jitter, rng: Rng
 ) -> Window:
-    """A crop window round a target, `size_px` wide on the scale that maps its context to `template_px`, then jittered."""
+    """A window for a `size_px` crop, on the scale that maps the target's context to `template_px`, then jittered."""
     cx, cy, w, h = box_cxcywh
     side = context_size(w, h) * size_px / template_px * np.exp(rng.uniform(-jitter.scale, jitter.scale))
     half_stretch = np.exp(rng.uniform(-jitter.stretch, jitter.stretch) / 2)
@@ -52,7 +53,7 @@ def photometric(image: Image, rng: Rng) -> Image:
     for channel in range(3):
         tint = strength * rng.uniform(-0.08, 0.08)
         table[0, :, channel] = np.clip(255 * (gain * ramp**gamma + tint), 0, 255)
-    out = cv2.LUT(image, table)
+    out: Any = cv2.LUT(image, table)
     if rng.random() < 0.12 * strength:
         out = cv2.cvtColor(cv2.cvtColor(out, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
     blur = rng.random()
@@ -64,7 +65,7 @@ def photometric(image: Image, rng: Rng) -> Image:
         size = out.shape[0]
         small = max(int(size * rng.uniform(0.25, 0.7)), 8)
         out = cv2.resize(cv2.resize(out, (small, small), interpolation=cv2.INTER_AREA), (size, size))
-    return np.asarray(out, np.uint8)
+    return cast(Image, out)
 
 
 def motion_blur(image: Image, length_px: int, angle: float) -> Image:
@@ -119,7 +120,9 @@ def paste(
         return None
     scale_x, scale_y = size[0] / width, size[1] / height
     linear = np.array([[c * scale_x, -s * scale_y], [s * scale_x, c * scale_y]])
-    offset = np.array([centre[0] - x0 - 0.5, centre[1] - y0 - 0.5]) - linear @ np.array([(width - 1) / 2, (height - 1) / 2])
+    offset = np.array([centre[0] - x0 - 0.5, centre[1] - y0 - 0.5]) - linear @ np.array(
+        [(width - 1) / 2, (height - 1) / 2]
+    )
     matrix = np.column_stack([linear, offset])
     shape = (x1 - x0, y1 - y0)
     bgr = cv2.warpAffine(cutout.bgr, matrix, shape, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)

@@ -63,7 +63,7 @@ class SiameseModule(L.LightningModule):
         logits, labels = raw.logits.float(), batch["labels"]
         classify = focal_loss if self.recipe.classification == "focal" else balanced_cross_entropy
         cls_loss = classify(logits, labels)
-        boxes = decode_boxes(raw.ltrb.float(), cast(Tensor, self.search_graph.points))  # [N, H*W, 4]
+        boxes = decode_boxes(raw.ltrb.float(), self.search_graph.points)  # [N, H*W, 4]
         target = labels.flatten(1) == 1
         wanted = batch["box"][:, None].expand_as(boxes)[target]
         loc_loss = diou_loss(boxes[target], wanted).sum() / target.sum().clamp(min=1)
@@ -150,8 +150,8 @@ class PairDataModule(L.LightningDataModule):
         data = self.recipe.data
         videos = usable([t for folder in self._folders(data.videos) for t in read_video(folder)])
         stills = [t for name in data.stills for t in read_stills(self.data_root / name)]
-        for annotations, images in data.coco.items():
-            stills += read_coco(self.data_root / annotations, self.data_root / images)
+        for instances, folder in data.coco.items():
+            stills += read_coco(self.data_root / instances, self.data_root / folder)
         photos = [p for name in data.photos for p in list_images(self.data_root / name)]
         held_out = set(data.validation_videos)
 

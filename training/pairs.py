@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ from training.labels import Labels, Points, sample, siamcan_labels
 
 Rng = np.random.Generator
 CxCyWH = tuple[float, float, float, float]
-KINDS = ("video", "still", "cutout", "region")
+DEFAULT_MIX = {"video": 0.40, "still": 0.27, "cutout": 0.25, "region": 0.08}
+KINDS = tuple(DEFAULT_MIX)
+Sample = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class PairConfig:
         search_px: search crop side.
     """
 
-    mix: dict[str, float] = field(default_factory=lambda: {"video": 0.40, "still": 0.27, "cutout": 0.25, "region": 0.08})
+    mix: dict[str, float] = field(
+        default_factory=lambda: {"video": 0.40, "still": 0.27, "cutout": 0.25, "region": 0.08}
+    )
     negative: float = 0.12
     frame_range: int = 100
     distractor: float = 0.25
@@ -85,7 +90,12 @@ class PairSampler:
     """
 
     def __init__(
-        self, videos: Sequence[Track], stills: Sequence[Track], photos: Sequence[Path], config: PairConfig, images: ImageCache
+        self,
+        videos: Sequence[Track],
+        stills: Sequence[Track],
+        photos: Sequence[Path],
+        config: PairConfig,
+        images: ImageCache,
     ) -> None:
         self.config, self.images = config, images
         by_video: dict[str, list[Track]] = defaultdict(list)
@@ -259,7 +269,7 @@ class LabelConfig:
     negatives: int = 48
 
 
-class PairDataset(Dataset[dict[str, NDArray]]):
+class PairDataset(Dataset[Sample]):
     """Sample ``i`` as arrays: ``template``, ``search`` uint8; ``box`` f32 [4]; ``labels`` int8 [H, W]; ``positive``.
 
     Args:
@@ -276,7 +286,7 @@ class PairDataset(Dataset[dict[str, NDArray]]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, NDArray]:
+    def __getitem__(self, index: int) -> Sample:
         rng = np.random.default_rng([self.seed, index])
         pair = self.sampler.draw(rng)
         side = int(round(len(self.points) ** 0.5))
@@ -285,7 +295,7 @@ class PairDataset(Dataset[dict[str, NDArray]]):
             "search": pair.search,
             "box": pair.box_cxcywh.astype(np.float32),
             "labels": self._label(pair, rng).reshape(side, side),
-            "positive": np.bool_(pair.positive),
+            "positive": np.array(pair.positive),
         }
 
     def _label(self, pair: Pair, rng: Rng) -> Labels:
@@ -316,6 +326,6 @@ class EpochSampler(Sampler[int]):
         return iter(range(start + self.rank, start + len(self) * self.world, self.world))
 
 
-def collate(samples: list[dict[str, NDArray]]) -> dict[str, torch.Tensor]:
+def collate(samples: list[Sample]) -> dict[str, torch.Tensor]:
     """Stack samples into tensors."""
     return {key: torch.from_numpy(np.stack([s[key] for s in samples])) for key in samples[0]}

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class ChannelAttention(nn.Module):
     """Channel weights of the template (SiamCAN Eq. 1 and 2; ECA-Net's layer).
 
-    ``v = sigmoid(Conv1d_k(GAP(template)))``. The paper leaves k and the place of the pooling open (erratum S3): k = 5 is
-    ECA-Net's rule for 256 channels, and the pooling is over the cropped 7x7 template.
+    ``v = sigmoid(Conv1d_k(GAP(template)))``. The paper leaves k and the place of the pooling open (erratum S3):
+    k = 5 is ECA-Net's rule for 256 channels, and the pooling is over the cropped 7x7 template.
     """
 
     def __init__(self, kernel: int = 5) -> None:

@@ -6,7 +6,8 @@ feature maps. Import functions turn public ImageNet weights into this order and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +177,7 @@ def load_mobilenetv2_imagenet(backbone: MobileNetV2, state: Mapping[str, Tensor]
     with torch.no_grad():
         backbone.stem.conv.weight.copy_(backbone.stem.conv.weight.flip(1))  # RGB -> BGR input order
     for s, stage in enumerate(backbone.stages):
-        for b, block in enumerate(stage):  # type: ignore[arg-type]
+        for b, block in enumerate(cast(Iterable[InvertedResidual], stage)):
             key = f"blocks.{s}.{b}"
             if block.expand is None:
                 fold(block.depthwise.conv, f"{key}.conv_dw", f"{key}.bn1")

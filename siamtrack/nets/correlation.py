@@ -22,7 +22,9 @@ def depthwise_grouped(search: Tensor, kernel: Tensor) -> Tensor:
         ``[N, C, H - K + 1, W - K + 1]``.
     """
     n, c = kernel.shape[:2]
-    out = functional.conv2d(search.reshape(1, n * c, *search.shape[2:]), kernel.reshape(n * c, 1, *kernel.shape[2:]), groups=n * c)
+    out = functional.conv2d(
+        search.reshape(1, n * c, *search.shape[2:]), kernel.reshape(n * c, 1, *kernel.shape[2:]), groups=n * c
+    )
     return out.reshape(n, c, *out.shape[2:])
 
 

@@ -137,8 +137,8 @@ class SearchGraph(nn.Module):
     Inputs: ``image`` uint8 ``[N, S, S, 3]`` BGR; the template tensors; ``prev_size`` f32 ``[N, 2]`` (w, h in crop
     pixels); ``tuning`` f32 ``[3]`` (penalty_k, window_influence, spare).
 
-    Outputs: ``box`` f32 ``[N, 4]`` cx, cy, w, h in crop pixels; ``score`` f32 ``[N]`` raw confidence of the chosen cell,
-    before penalty and window; ``penalty`` f32 ``[N]`` of that cell; ``response`` f32 ``[N, H, W]`` raw confidence.
+    Outputs: ``box`` f32 ``[N, 4]`` cx, cy, w, h in crop pixels; ``score`` f32 ``[N]`` raw confidence of the chosen
+    cell, before penalty and window; ``penalty`` f32 ``[N]`` of that cell; ``response`` f32 ``[N, H, W]`` raw map.
     """
 
     points: Tensor

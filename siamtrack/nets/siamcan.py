@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -119,9 +120,13 @@ class SiamCAN(nn.Module):
             weights = [attend(z) for attend, z in zip(self.attentions, features, strict=True)]
         else:
             weights = [torch.ones_like(z[:, :, :1, :1]) for z in features]
-        cls_kernels = [branch.conv_kernel(z) for branch, z in zip(self.cls, features, strict=True)]
-        loc_kernels = [branch.conv_kernel(z) for branch, z in zip(self.loc, features, strict=True)]
+        cls_kernels = self._kernels(self.cls, features)
+        loc_kernels = self._kernels(self.loc, features)
         return (*cls_kernels, *loc_kernels, *weights)
+
+    @staticmethod
+    def _kernels(branches: nn.ModuleList, features: list[Tensor]) -> list[Tensor]:
+        return [cast(CorrelationBranch, b).conv_kernel(z) for b, z in zip(branches, features, strict=True)]
 
     def search(self, image: Tensor, *template: Tensor) -> RawMaps:
         """``[N, 3, 255, 255]`` and the tensors of `template` to raw maps on the 25x25 grid."""

@@ -6,12 +6,13 @@ import os
 import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from siamtrack.bundle import Bundle, BundleError, GraphSpec
+from siamtrack.bundle import SEARCH_OUTPUTS, Bundle, BundleError, GraphSpec
 from siamtrack.crop import Image, Window, crop
 from siamtrack.runners import Features, SearchResult
 
@@ -62,7 +63,7 @@ class OnnxRuntimeRunner:
         for i, name in enumerate(names):
             feeds[name] = _join([f.tensors[i] for f in features])
         cropped = time.perf_counter()
-        box, score, penalty, response = session.run(["box", "score", "penalty", "response"], feeds)
+        box, score, penalty, response = session.run(list(SEARCH_OUTPUTS), feeds)
         self.last_timing = {"crop": cropped - start, "network": time.perf_counter() - cropped}
         return SearchResult(box, score, penalty, response)
 
@@ -89,7 +90,7 @@ class OnnxRuntimeRunner:
         return self._sessions[name]
 
 
-def _join(arrays: Sequence[NDArray]) -> NDArray:
+def _join(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
