@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,9 +36,13 @@ def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
         raise ValueError(f"{path}: no such checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # PyTorch's reader lets whatever a garbage file provokes through, such as IndexError
         raise ValueError(f"{path}: not a checkpoint of tensors and plain values: {error}") from error
-    recipe = content.get("hyper_parameters", {}).get("recipe", {})
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path}: neither a checkpoint of training.train nor a state dict")
+    recipe = _mapping(_mapping(content.get("hyper_parameters")).get("recipe"))
     trained = recipe.get("model")
     if model and trained and model != trained:
         raise ValueError(f"{path} is a {trained}, not a {model}; leave --model out")
@@ -47,7 +51,7 @@ def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
         raise ValueError(f"{path} does not say which model it is; name it with --model ({', '.join(MODELS)})")
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
-    state = content.get("state_dict", content)
+    state = _mapping(content.get("state_dict", content))
     if any(key.startswith("net.") for key in state):
         state = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
     net = MODELS[name]()
@@ -63,3 +67,7 @@ def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
         if key in recipe:
             provenance[key] = str(recipe[key])
     return Checkpoint(name, net.eval(), provenance)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

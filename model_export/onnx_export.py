@@ -6,7 +6,8 @@ import logging
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from siamtrack.bundle import (
     sha256,
     write_manifest,
 )
+from siamtrack.nets.correlation import depthwise_grouped, depthwise_matmul
 from siamtrack.nets.decode import SearchGraph, SiameseNet, TemplateGraph
 from siamtrack.state import Thresholds
 
@@ -71,19 +73,20 @@ def export_bundle(
         torch.zeros(3),
     )
     names = siamese.template_names
-    graphs = {
-        "template": _export(
-            TemplateGraph(siamese), template_in, ("image",), names, out / "template.onnx", batched=False
-        ),
-        "search": _export(
-            SearchGraph(siamese),
-            search_in,
-            ("image", *names, "prev_size", "tuning"),
-            SEARCH_OUTPUTS,
-            out / "search.onnx",
-            batched=True,
-        ),
-    }
+    with _fixed_groups(net):
+        graphs = {
+            "template": _export(
+                TemplateGraph(siamese), template_in, ("image",), names, out / "template.onnx", batched=False
+            ),
+            "search": _export(
+                SearchGraph(siamese),
+                search_in,
+                ("image", *names, "prev_size", "tuning"),
+                SEARCH_OUTPUTS,
+                out / "search.onnx",
+                batched=True,
+            ),
+        }
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         model=model,
@@ -97,6 +100,19 @@ def export_bundle(
     )
     write_manifest(out, manifest)
     return load_bundle(out)
+
+
+@contextmanager
+def _fixed_groups(net: nn.Module) -> Iterator[None]:
+    """Correlate by matrix products meanwhile: ONNX takes no convolution whose number of groups grows with the batch."""
+    grouped = [part for part in net.modules() if getattr(part, "correlate", None) is depthwise_grouped]
+    for part in grouped:
+        part.correlate = depthwise_matmul  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part in grouped:
+            part.correlate = depthwise_grouped  # type: ignore[assignment]
 
 
 def _export(

@@ -47,7 +47,8 @@ class Difference:
     def ok(self) -> bool:
         """Within tolerance."""
         return (
-            self.template <= TENSOR_TOLERANCE
+            self.crops > 0
+            and self.template <= TENSOR_TOLERANCE
             and self.response <= TENSOR_TOLERANCE
             and self.box_px < BOX_TOLERANCE_PX
             and self.other_cell == 0
@@ -85,7 +86,7 @@ def compare_with_onnxruntime(
             reference = template_graph(torch.from_numpy(template_crop[None].copy()))
             for a, b in zip(ours, reference, strict=True):
                 scale = max(float(b.abs().max()), 1e-12)
-                template_error = max(template_error, float(np.abs(a - b.numpy()).max()) / scale)
+                template_error = _larger(template_error, float(np.abs(a - b.numpy()).max()) / scale)
             feeds = {"image": search_crop[None], "prev_size": size[None], "tuning": tuning}
             feeds |= dict(zip(siamese.template_names, ours, strict=True))
             box, score, _, response = search_session.run(list(SEARCH_OUTPUTS), feeds)
@@ -95,13 +96,18 @@ def compare_with_onnxruntime(
                 torch.from_numpy(size[None]),
                 torch.from_numpy(tuning),
             )
-            response_error = max(response_error, float(np.abs(response - response_t.numpy()).max()))
+            response_error = _larger(response_error, float(np.abs(response - response_t.numpy()).max()))
             difference_px = float(np.abs(box - box_t.numpy()).max())
             if difference_px > siamese.grid.stride / 4 and abs(float(score[0]) - float(score_t[0])) > TENSOR_TOLERANCE:
                 other_cell += 1
             else:
-                box_error = max(box_error, difference_px)
+                box_error = _larger(box_error, difference_px)
     return Difference(count, template_error, response_error, box_error, other_cell)
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger of two; NaN when one is NaN, which `max` would swallow."""
+    return float(np.maximum(a, b))
 
 
 def random_pairs(bundle: Bundle, count: int, seed: int = 0) -> Iterator[tuple[Image, Image, NDArray[np.float32]]]:

@@ -146,6 +146,14 @@ class SiamTracker:
         self._target = self._follow(replace(target, frame=target.frame + 1), found, score, rate)
         return self._track(self._target, score)
 
+    def mark_lost(self) -> None:
+        """Declare the target lost, for a reason the score cannot show, such as a gap in the stream.
+
+        The next updates search for it as after any loss. Does nothing without a target.
+        """
+        if self._target is not None and self._target.status.state is not State.LOST:
+            self._target = self._lose(self._target)
+
     def reset(self) -> None:
         """Forget the target: IDLE."""
         self._target = None
@@ -159,9 +167,7 @@ class SiamTracker:
         """The target after a frame in which `found` was the best box and had this score."""
         status = advance(target.status, score, self._thresholds)
         if status.state is State.LOST:
-            # Weak frames before the loss may have led astray: fall back to where the target was last believed.
-            hunt = target.hunt or self._hunt(target.believed_cxcywh, target.frame_size)
-            return replace(target, status=status, box_cxcywh=target.believed_cxcywh, hunt=hunt)
+            return target if target.status.state is State.LOST else self._lose(target)
         height, width = target.frame_size
         cx, cy = min(max(found[0], 0.0), float(width)), min(max(found[1], 0.0), float(height))
         w, h = (
@@ -171,6 +177,11 @@ class SiamTracker:
         box = (cx, cy, w, h)
         believed = box if status.state is State.TRACKING else target.believed_cxcywh
         return replace(target, status=status, box_cxcywh=box, believed_cxcywh=believed, hunt=None)
+
+    def _lose(self, target: _Target) -> _Target:
+        """Weak frames before a loss may have led astray: fall back to where the target was last believed."""
+        box = target.believed_cxcywh
+        return replace(target, status=Status(State.LOST), box_cxcywh=box, hunt=self._hunt(box, target.frame_size))
 
     def _window(self, box_cxcywh: Box) -> Window:
         cx, cy, w, h = box_cxcywh

@@ -54,8 +54,8 @@ def test_centres_are_inside_the_image(place: tuple[float, float], side: float) -
     windows = one_round(*place, side, *SIZE)
     assert {(w.width, w.height) for w in windows} == {(round(side), round(side))}
     x, y = centres(windows).T
-    assert (-0.5 <= x).all() and (x <= SIZE[0] + 0.5).all()  # windows have whole edges: half a pixel of rounding
-    assert (-0.5 <= y).all() and (y <= SIZE[1] + 0.5).all()
+    assert (x >= -0.5).all() and (x <= SIZE[0] + 0.5).all()  # windows have whole edges: half a pixel of rounding
+    assert (y >= -0.5).all() and (y <= SIZE[1] + 0.5).all()
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.4, 0.75])
@@ -76,9 +76,7 @@ def test_the_search_starts_over() -> None:
 @pytest.mark.parametrize(
     ("place", "nearest"), [((-50, 90), (0, 90)), ((1e6, -1e6), (320, 0)), ((160, 200.5), (160, 200))]
 )
-def test_a_place_outside_counts_as_the_nearest_inside(
-    place: tuple[float, float], nearest: tuple[float, float]
-) -> None:
+def test_a_place_outside_counts_as_the_nearest_inside(place: tuple[float, float], nearest: tuple[float, float]) -> None:
     assert one_round(*place, 64, *SIZE) == one_round(*nearest, 64, *SIZE)
 
 

@@ -6,6 +6,7 @@ Expensive forward passes of ResNet-50 are done once; everything behind the backb
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -182,7 +183,9 @@ def one_channel_copy(net: ResNet50Dilated) -> nn.Module:
 
 @pytest.mark.parametrize("level", [0, 1, 2], ids=["layer2", "layer3", "layer4"])
 @pytest.mark.parametrize("cell", [(31, 31), (28, 33)], ids=str)
-def test_stride_8_cell_is_centred_on_pixel_7_plus_8k(resnet: ResNet50Dilated, level: int, cell: tuple[int, int]) -> None:
+def test_stride_8_cell_is_centred_on_pixel_7_plus_8k(
+    resnet: ResNet50Dilated, level: int, cell: tuple[int, int]
+) -> None:
     # 511 pixels: the layer4 cells in the middle then see no border, which would pull their centroid inwards.
     image = torch.zeros(1, 1, 511, 511, requires_grad=True)
     features = one_channel_copy(resnet)(image)[level]
@@ -282,8 +285,13 @@ def test_distances_stay_finite_however_large_the_raw_map() -> None:
 
 @pytest.fixture(scope="module")
 def edge() -> SiamCANEdge:
+    """Weights that keep activations alive, so that different images give different answers."""
     torch.manual_seed(0)
-    return SiamCANEdge().eval()
+    net = SiamCANEdge()
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return net.eval()
 
 
 def test_edge_shapes(edge: SiamCANEdge) -> None:
@@ -339,23 +347,20 @@ def test_edge_template_kernel_holds_the_attended_cells(edge: SiamCANEdge) -> Non
 
 
 def test_edge_cell_lies_on_pixel_16_i() -> None:
-    """The claim behind origin 0.5: mirror-symmetric kernels make a cell's gradient symmetric about pixel 16 i."""
-    torch.manual_seed(0)
+    """The claim behind origin 0.5: with averaging kernels a cell's gradient is symmetric about pixel 16 i."""
     backbone = MobileNetV2()
     with torch.no_grad():
         for name, p in backbone.named_parameters():
             p.fill_(0.0 if name.endswith("bias") else 1 / p[0].numel())
-    image = torch.full((1, 3, 255, 255), 0.1, requires_grad=True)  # small and positive: ReLU6 is the identity there
+    image = torch.full((1, 3, 255, 255), 0.005, requires_grad=True)  # so small that ReLU6 stays the identity
     features = backbone(image)[1]
     assert features.shape == (1, 96, 16, 16)
-    features[0, 0, 8, 8].backward()
+    features[0, 0, 8, 8].backward()  # sees 117 pixels to each side, all inside
     assert image.grad is not None
     weight = image.grad[0, 0].sum(dim=0)
-    reach = min(128, 254 - 128)
-    window = weight[128 - reach : 128 + reach + 1]
-    assert weight.argmax() == 128
-    near = slice(reach - 40, reach + 41)  # further out the borders of the image differ: 128 px left, 126 px right
-    torch.testing.assert_close(window[near], window.flip(0)[near], rtol=0.05, atol=0)
+    touched = weight.nonzero()[:, 0]
+    assert (int(touched[0]) + int(touched[-1])) / 2 == 128
+    assert float((weight * torch.arange(255)).sum() / weight.sum()) == pytest.approx(128, abs=0.01)
 
 
 @pytest.mark.parametrize("model", ["siamcan-r50", "siamcan-mobilenetv2"])
@@ -518,8 +523,9 @@ def test_mobilenet_import_folds_batchnorm_and_turns_rgb_to_bgr() -> None:
         stride8, stride16 = backbone(image_bgr)
         stages = explicit_mobilenet(state, image_bgr.flip(1))
     assert stride8.shape == (1, 32, 8, 8)
-    torch.testing.assert_close(stride8, stages[2], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(stride16, stages[4], rtol=1e-4, atol=1e-4)
+    for ours, wanted in ((stride8, stages[2]), (stride16, stages[4])):
+        # Rounding grows through the random blocks; the wrong epsilon, order or stem would be a hundred times worse.
+        assert (ours - wanted).abs().max() < 1e-3 * wanted.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -645,9 +651,7 @@ def penalty(size: tuple[float, float], before: tuple[float, float], k: float) ->
         ((400, 10), (40, 40), 0.0, 1.0),
     ],
 )
-def test_size_penalty_by_hand(
-    size: tuple[float, float], before: tuple[float, float], k: float, wanted: float
-) -> None:
+def test_size_penalty_by_hand(size: tuple[float, float], before: tuple[float, float], k: float, wanted: float) -> None:
     assert penalty(size, before, k) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -658,7 +662,7 @@ def test_size_penalty_falls_with_change_both_ways() -> None:
         stretched = [penalty((40 * r, 30 / r), (40, 30), 0.1) for r in ratios]
         for values in (grown, stretched):
             assert values[0] == pytest.approx(1)
-            assert all(later < sooner for sooner, later in zip(values, values[1:], strict=False))
+            assert all(later < sooner for sooner, later in itertools.pairwise(values))
     assert penalty((60, 60), (40, 40), 0.1) == pytest.approx(penalty((40, 40), (60, 60), 0.1))
 
 

@@ -115,7 +115,12 @@ class PairSampler:
         sizes = np.sqrt([len(group) for group in self._outlined])
         self._outlined_share = sizes / sizes.sum() if len(sizes) else sizes
         self._photos = list(photos) or sorted({s.image for s in self._stills})
-        available = {"video": self._videos, "still": self._stills, "cutout": self._outlined, "region": self._photos}
+        available = {
+            "video": self._videos,
+            "still": self._stills,
+            "cutout": self._outlined if self._photos else [],  # an object needs something behind it
+            "region": self._photos,
+        }
         shares = {kind: share for kind, share in config.mix.items() if share > 0}
         empty = [kind for kind in shares if not available[kind]]
         if empty:

@@ -1,0 +1,96 @@
+"""The node's parameters: one table, with descriptions, ranges and defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+
+from siamtrack.runners import BACKENDS
+
+FROM_MODEL = -1.0
+TRACKING_PARAMETERS = ("penalty_k", "window_influence", "size_rate")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter.
+
+    Attributes:
+        name: as in YAML and ``ros2 param set``.
+        default: value and type.
+        description: what it does, with unit.
+        live: may change while the node runs; structural ones are read-only.
+        bounds: smallest and largest allowed number.
+        choices: allowed texts.
+    """
+
+    name: str
+    default: Any
+    description: str
+    live: bool = False
+    bounds: tuple[float, float] | None = None
+    choices: tuple[str, ...] = ()
+
+    def descriptor(self) -> ParameterDescriptor:
+        """As ROS wants it."""
+        descriptor = ParameterDescriptor(description=self.description, read_only=not self.live)
+        if self.choices:
+            descriptor.additional_constraints = "one of: " + ", ".join(self.choices)
+        if self.bounds and isinstance(self.default, float):
+            low, high = self.bounds
+            descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=high)]
+        elif self.bounds:
+            low, high = self.bounds
+            descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=1)]
+        return descriptor
+
+
+PARAMETERS = (
+    Parameter("autostart", True, "configure and activate at start; false leaves it to a lifecycle manager"),
+    Parameter("model", "", "shipped model name or bundle folder; empty for the default model"),
+    Parameter("backend", BACKENDS[0], "what runs the model", choices=BACKENDS),
+    Parameter("threads", 0, "CPU threads of the model; 0 for the cores, up to 4", bounds=(0, 256)),
+    Parameter(
+        "image_transport", "raw", "raw: topic image; compressed: topic image/compressed", choices=("raw", "compressed")
+    ),
+    Parameter(
+        "processing",
+        "newest",
+        "newest: always the latest frame, older ones are dropped; every: each frame in order, for bag replay",
+        choices=("newest", "every"),
+    ),
+    Parameter("buffer_s", 2.0, "how far back a stamped box may lie, seconds", bounds=(0.0, 60.0)),
+    Parameter("buffer_mb", 256.0, "memory for that, megabytes", bounds=(1.0, 16384.0)),
+    Parameter("init_point_size_px", 64.0, "side of the box a clicked point starts", live=True, bounds=(2.0, 4096.0)),
+    Parameter(
+        "timeout_s", 1.0, "no image for this long: target LOST, diagnostics ERROR", live=True, bounds=(0.05, 3600.0)
+    ),
+    Parameter("debug_image_hz", 10.0, "rate limit of debug_image/compressed", live=True, bounds=(0.1, 1000.0)),
+    Parameter(
+        "penalty_k", FROM_MODEL, "size-change penalty; -1: as the model says", live=True, bounds=(FROM_MODEL, 10.0)
+    ),
+    Parameter(
+        "window_influence",
+        FROM_MODEL,
+        "cosine window weight; -1: as the model says",
+        live=True,
+        bounds=(FROM_MODEL, 1.0),
+    ),
+    Parameter(
+        "size_rate", FROM_MODEL, "how fast the size follows; -1: as the model says", live=True, bounds=(FROM_MODEL, 1.0)
+    ),
+)
+
+
+def refusal(name: str, value: Any) -> str:
+    """Why a value cannot be, beyond what descriptors check; "" when it can."""
+    known = {p.name: p for p in PARAMETERS}
+    if name not in known:
+        return ""
+    if known[name].choices and value not in known[name].choices:
+        return f"{name} must be one of {', '.join(known[name].choices)}, got {value!r}"
+    if name in TRACKING_PARAMETERS and FROM_MODEL < value < 0:
+        return f"{name} must be at least 0, or {FROM_MODEL:g} for the model's own value, got {value:g}"
+    return ""

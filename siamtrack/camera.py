@@ -1,0 +1,60 @@
+"""From image pixels to directions: a calibrated camera."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+FISHEYE_MODELS = ("equidistant", "fisheye")
+PINHOLE_MODELS = ("", "plumb_bob", "rational_polynomial", "thin_prism")
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Intrinsics as a ROS CameraInfo gives them.
+
+    Attributes:
+        width: image width the calibration belongs to, pixels.
+        height: likewise.
+        k: intrinsic matrix, nine numbers row by row.
+        d: distortion coefficients; empty for none.
+        model: name of the distortion model.
+    """
+
+    width: int
+    height: int
+    k: tuple[float, ...]
+    d: tuple[float, ...] = ()
+    model: str = "plumb_bob"
+
+    def __post_init__(self) -> None:
+        if len(self.k) != 9 or not np.isfinite(self.k).all() or self.k[0] <= 0 or self.k[4] <= 0:
+            raise ValueError(f"camera is not calibrated: K must be nine numbers with fx, fy above 0, got {self.k}")
+        if self.model not in (*PINHOLE_MODELS, *FISHEYE_MODELS):
+            known = ", ".join((*PINHOLE_MODELS[1:], *FISHEYE_MODELS))
+            raise ValueError(f"unknown distortion model {self.model!r}; known: {known}")
+
+    def bearing(self, x: float, y: float, width: int, height: int) -> tuple[float, float, float]:
+        """Unit vector to an image point in the camera's optical frame (x right, y down, z forward).
+
+        Args:
+            x: continuous image coordinate (pixel i covers [i, i + 1)).
+            y: likewise.
+            width: width of the image the point is in; a scaled image of the same camera is allowed for.
+            height: likewise.
+        """
+        # Calibrations count pixel centres from 0: half a pixel less than continuous coordinates.
+        u = x * self.width / width - 0.5
+        v = y * self.height / height - 0.5
+        matrix, point = np.reshape(self.k, (3, 3)), np.array([[[u, v]]], np.float64)
+        if self.model in FISHEYE_MODELS:
+            coefficients = np.zeros(4)
+            coefficients[: min(len(self.d), 4)] = self.d[:4]
+            undistorted = cv2.fisheye.undistortPoints(point, matrix, coefficients)
+        else:
+            undistorted = cv2.undistortPoints(point, matrix, np.asarray(self.d, np.float64) if self.d else None)
+        ray = np.array([*np.asarray(undistorted).reshape(2), 1.0])
+        unit = ray / np.linalg.norm(ray)
+        return float(unit[0]), float(unit[1]), float(unit[2])

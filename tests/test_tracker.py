@@ -1,0 +1,517 @@
+"""The tracker: with the shipped weights, and its policy with answers from a script."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pytest
+
+from siamtrack import Bundle, SiamTracker, State, Track
+from siamtrack.boxes import iou_xywh
+from siamtrack.bundle import CropSpec, GridSpec, Manifest, ScoreSpec, TrackingSpec
+from siamtrack.crop import Window
+from siamtrack.runners import Features, SearchResult
+from siamtrack.scene import Scene, SceneFrame
+from siamtrack.state import Thresholds
+from siamtrack.tracker import check_box
+
+NAN, INF = float("nan"), float("inf")
+
+
+def follow(tracker: SiamTracker, frames: Sequence[SceneFrame]) -> list[Track]:
+    """Start on the first frame's truth, then play the rest."""
+    return [tracker.init(frames[0].image, frames[0].box_xywh), *(tracker.update(f.image) for f in frames[1:])]
+
+
+# ------------------------------------------------------------------------------------------------- following a target
+
+
+def test_follows_the_target(tracker: SiamTracker, scene: list[SceneFrame]) -> None:
+    tracks = follow(tracker, scene)
+    truth = [frame.box_xywh for frame in scene]
+    overlap = iou_xywh([track.box_xywh for track in tracks], truth)[1:].mean()
+    assert overlap > 0.4
+    assert overlap > iou_xywh(truth[0], truth)[1:].mean() + 0.2  # a box that stands still is no tracker
+    assert [track.frame for track in tracks] == list(range(len(scene)))
+    assert all(0 <= track.score <= 1 for track in tracks)
+
+
+def test_two_runs_are_equal(tracker: SiamTracker, scene: list[SceneFrame]) -> None:
+    assert follow(tracker, scene[:8]) == follow(tracker, scene[:8])
+
+
+def test_init_forgets_the_target_before(tracker: SiamTracker, scene: list[SceneFrame]) -> None:
+    follow(tracker, scene[:5])
+    tracker.update(np.zeros_like(scene[0].image))  # and the weak frames counted with it
+    again = follow(tracker, scene[10:16])
+    fresh = SiamTracker.from_pretrained(threads=1)
+    assert again == follow(fresh, scene[10:16])
+    fresh.close()
+
+
+def test_frames_are_neither_edited_nor_kept(tracker: SiamTracker, scene: list[SceneFrame]) -> None:
+    expected = follow(tracker, scene[:4])
+    buffer = scene[0].image.copy()  # one camera buffer, written over by each frame
+    tracks = [tracker.init(buffer, scene[0].box_xywh)]
+    for frame in scene[1:4]:
+        np.testing.assert_array_equal(buffer, scene[len(tracks) - 1].image)
+        buffer[:] = frame.image
+        tracks.append(tracker.update(buffer))
+    np.testing.assert_array_equal(buffer, scene[3].image)
+    assert tracks == expected
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda i: i[:, ::-1], lambda i: i[::-1], lambda i: i[20:-20, 30:-10], lambda i: i.transpose(1, 0, 2)],
+    ids=["mirrored", "upside_down", "roi", "transposed"],
+)
+def test_a_view_tracks_like_its_copy(
+    tracker: SiamTracker, scene: list[SceneFrame], view: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    def run(prepare: Callable[[np.ndarray], np.ndarray]) -> list[Track]:
+        frames = [prepare(view(frame.image)) for frame in scene[:4]]
+        return [tracker.init(frames[0], (100, 90, 40, 30)), *(tracker.update(frame) for frame in frames[1:])]
+
+    assert run(lambda frame: frame) == run(np.ascontiguousarray)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (240, 135, 3, 3), (0, 0, 3, 3), (477, 267, 3, 3),  # tiny, in the middle and in two corners
+        (0, 0, 480, 270), (0, 0, 480, 2), (478.5, 0, 1.5, 270),  # as large as the image, and its thin edges
+        (100.5, 100.5, 0.4, 0.4), (66.52, 76.68, 0.23, 0.33),  # a part of a pixel
+    ],
+)  # fmt: skip
+def test_extreme_boxes_stay_within_limits(tracker: SiamTracker, scene: list[SceneFrame], box: tuple) -> None:
+    tracks = [tracker.init(scene[0].image, box), *(tracker.update(frame.image) for frame in scene[1:12])]
+    x, y, w, h = np.array([track.box_xywh for track in tracks]).T
+    least = min(tracker.tracking.min_size_px, box[2], box[3])
+    assert (w >= least - 1e-6).all() and (h >= least - 1e-6).all()
+    assert (w <= 480).all() and (h <= 270).all()
+    assert (x + w / 2 >= 0).all() and (x + w / 2 <= 480).all()
+    assert (y + h / 2 >= 0).all() and (y + h / 2 <= 270).all()
+
+
+@pytest.fixture(scope="module")
+def empty_road() -> np.ndarray:
+    """The place of `scene[12]` without the target; its shadow is still there."""
+    return Scene(480, 270, frames=60).render(12, with_target=False).image
+
+
+@pytest.mark.parametrize("end", ["painted over", "black", "grey"])
+def test_a_vanished_target_is_noticed(
+    tracker: SiamTracker, scene: list[SceneFrame], empty_road: np.ndarray, end: str
+) -> None:
+    empty = {"painted over": empty_road, "black": 0 * empty_road, "grey": 0 * empty_road + 128}[end]
+    follow(tracker, scene[:12])
+    tracks = [tracker.update(empty) for _ in range(60)]
+    assert any(track.state is not State.TRACKING for track in tracks)
+    # On the road something else may be taken for the target in the end; in an empty image nothing can be.
+    assert end == "painted over" or tracks[-1].state is not State.TRACKING
+    for before, after in itertools.pairwise(tracks):
+        if before.state is after.state is State.LOST:
+            assert after.box_xywh == before.box_xywh
+    for x, y, w, h in (track.box_xywh for track in tracks):
+        assert 0 <= x + w / 2 <= 480 and 0 <= y + h / 2 <= 270
+
+
+# --------------------------------------------------------------------------------------------- what comes from callers
+
+
+@pytest.mark.parametrize("box", [[100, 90, 40, 30], (100.0, 90.0, 40.0, 30.0), np.array([100, 90, 40, 30], np.int16)])
+def test_init_returns_the_box(tracker: SiamTracker, scene: list[SceneFrame], box: object) -> None:
+    assert tracker.init(scene[0].image, box) == Track((100.0, 90.0, 40.0, 30.0), 1.0, State.TRACKING, 0)
+    assert all(type(value) is float for value in tracker.init(scene[0].image, box).box_xywh)
+
+
+@pytest.mark.parametrize(
+    ("box", "inside"),
+    [
+        ((-10, -20, 40, 50), (0, 0, 30, 30)),
+        ((470, 250, 40, 50), (470, 250, 10, 20)),
+        ((-5, -5, 9999, 9999), (0, 0, 480, 270)),
+        ((-39, 100, 40, 30), (0, 100, 1, 30)),  # a whole pixel inside is the least
+    ],
+)
+def test_a_box_partly_outside_is_cut(tracker: SiamTracker, scene: list[SceneFrame], box: tuple, inside: tuple) -> None:
+    assert tracker.init(scene[0].image, box).box_xywh == pytest.approx(inside)
+
+
+def test_a_box_of_a_part_of_a_pixel_is_inside_wherever_it_lies() -> None:
+    # x + w - x is not always w: clipping must not push such a box over the limit.
+    for x, y, w, h in np.random.default_rng(0).uniform((5, 5, 0.2, 0.2), (80, 80, 0.9, 0.9), (200, 4)):
+        assert check_box((x, y, w, h), 100, 100) == pytest.approx((x, y, w, h))
+
+
+BAD_FRAMES = [
+    (np.empty((0, 0, 3), np.uint8), r"frame is empty: shape \[0, 0, 3\]"),
+    (np.empty((270, 0, 3), np.uint8), r"frame is empty: shape \[270, 0, 3\]"),
+    (np.zeros((270, 480, 3), np.float32), r"must be uint8 \(0\.\.255\), got float32; convert it"),
+    (np.zeros((270, 480, 3), bool), r"must be uint8 \(0\.\.255\), got bool"),
+    (np.zeros((270, 480), np.uint8), r"got \[270, 480\]; convert it with .*COLOR_GRAY2BGR"),
+    (np.zeros((270, 480, 1), np.uint8), r"got \[270, 480, 1\]; convert it with .*COLOR_GRAY2BGR"),
+    (np.zeros((270, 480, 2), np.uint8), r"got \[270, 480, 2\]$"),
+    (np.zeros((270, 480, 4), np.uint8), r"got \[270, 480, 4\]; convert it with .*COLOR_BGRA2BGR"),
+    (np.zeros((1, 270, 480, 3), np.uint8), r"got \[1, 270, 480, 3\]$"),
+    (np.zeros(0, np.uint8), r"got \[0\]$"),
+    ([[[0, 0, 0]]], "must be a numpy array, got list"),
+    (None, "must be a numpy array, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("frame", "message"), BAD_FRAMES)
+def test_a_bad_frame_is_refused_and_the_track_goes_on(
+    tracker: SiamTracker, scene: list[SceneFrame], frame: object, message: str
+) -> None:
+    expected = follow(tracker, scene[:3])
+    tracker.init(scene[0].image, scene[0].box_xywh)
+    with pytest.raises(ValueError, match=message):
+        tracker.init(frame, (1, 1, 10, 10))
+    assert tracker.update(scene[1].image) == expected[1]
+    with pytest.raises(ValueError, match=message):
+        tracker.update(frame)
+    assert tracker.update(scene[2].image) == expected[2]
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ((), r"must be four numbers .* got shape \[0\]"),
+        ((1, 2, 3), r"must be four numbers .* got shape \[3\]"),
+        ((1, 2, 3, 4, 5), r"must be four numbers .* got shape \[5\]"),
+        ([[1, 2, 30, 40]], r"must be four numbers .* got shape \[1, 4\]"),
+        ("box", "must be four numbers .* got 'box'"),
+        (("a", "b", "c", "d"), "must be four numbers .* got"),
+        ((1, 2, (3, 4), 5), "must be four numbers .* got"),
+        (None, "must be four numbers"),
+        ((NAN, 1, 10, 10), r"must be finite, got \[nan, 1\.0, 10\.0, 10\.0\]"),
+        ((1, 1, INF, 10), r"must be finite, got \[1\.0, 1\.0, inf, 10\.0\]"),
+        ((1, 1, 0, 10), "must be above 0, got 0 x 10"),
+        ((1, 1, 10, -5), "must be above 0, got 10 x -5"),
+        ((500, 10, 20, 20), r"box \[500\.0, 10\.0, 20\.0, 20\.0\] lies outside the 480x270 image"),
+        ((480, 10, 20, 20), "lies outside the 480x270 image"),
+        ((-20, 10, 20, 20), "lies outside the 480x270 image"),
+        ((10, -40, 20, 40.5), "lies outside the 480x270 image"),  # half a pixel row only
+    ],
+)
+def test_a_bad_box_is_refused_and_the_target_before_is_kept(
+    tracker: SiamTracker, scene: list[SceneFrame], box: object, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tracker.init(scene[0].image, box)
+    assert tracker.state is State.IDLE
+    expected = follow(tracker, scene[:2])[1]
+    tracker.init(scene[0].image, scene[0].box_xywh)
+    with pytest.raises(ValueError, match=message):
+        tracker.init(scene[0].image, box)
+    assert tracker.update(scene[1].image) == expected
+
+
+def test_another_frame_size_is_refused_and_the_old_one_goes_on(tracker: SiamTracker, scene: list[SceneFrame]) -> None:
+    expected = follow(tracker, scene[:3])
+    follow(tracker, scene[:2])
+    with pytest.raises(ValueError, match="changed from 480x270 to 240x200: call init"):
+        tracker.update(np.zeros((200, 240, 3), np.uint8))
+    assert tracker.update(scene[2].image) == expected[2]
+    tracker.init(scene[0].image[:200, :240], (100, 60, 40, 30))  # init may change it
+    assert tracker.update(scene[1].image[:200, :240]).frame == 1
+
+
+def test_update_needs_a_target(tracker: SiamTracker, scene: list[SceneFrame]) -> None:
+    assert tracker.state is State.IDLE
+    with pytest.raises(RuntimeError, match=r"call init\(frame, box\) first"):
+        tracker.update(scene[0].image)
+    tracker.init(scene[0].image, scene[0].box_xywh)
+    assert tracker.state is State.TRACKING
+    tracker.reset()
+    assert tracker.state is State.IDLE
+    with pytest.raises(RuntimeError, match=r"call init\(frame, box\) first"):
+        tracker.update(scene[0].image)
+
+
+def test_a_closed_tracker_says_so(scene: list[SceneFrame]) -> None:
+    tracker = SiamTracker.from_pretrained(threads=1)
+    tracker.init(scene[0].image, scene[0].box_xywh)
+    tracker.close()
+    tracker.close()
+    with pytest.raises(RuntimeError, match="call init"):
+        tracker.update(scene[0].image)
+    with pytest.raises(RuntimeError, match="closed"):
+        tracker.init(scene[0].image, scene[0].box_xywh)
+
+
+# ------------------------------------------------------------------------------------------------- policy, by a script
+
+WIDTH, HEIGHT = 320, 240
+FRAME = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+START = (100.0, 80.0, 24.0, 20.0)  # xywh
+CENTRE = (112.0, 90.0)
+THRESHOLDS = Thresholds(tracking_above=0.5, uncertain_below=0.4, lost_below=0.2, lost_after=3, found_above=0.6)
+Answer = tuple[tuple[float, float, float, float], float]  # cx, cy, w, h in image pixels, and the score
+
+
+class ScriptedRunner:
+    """A `siamtrack.runners.Runner` that answers what the test says and writes down what it was asked.
+
+    `answer` is called for each window and may be replaced between frames.
+    """
+
+    def __init__(self) -> None:
+        score = ScoreSpec("what the script says", THRESHOLDS)
+        self.bundle = Bundle(
+            Path("no folder"),
+            Manifest(1, "script", {}, CropSpec(127, 255), GridSpec(16, 16, 0.5), score, "none", TrackingSpec()),
+        )
+        self.last_timing: dict[str, float] = {}
+        self.answer: Callable[[Window], Answer] = lambda window: ((*CENTRE, 24, 20), 0.9)
+        self.windows: list[list[Window]] = []
+        self.influence: list[float] = []
+        self.sizes: list[np.ndarray] = []  # [N, 2] a frame, previous size in image pixels
+        self.closed = False
+
+    def template(self, image: np.ndarray, window: Window, fill_bgr: tuple[float, float, float]) -> Features:
+        return Features((window,), fill_bgr)
+
+    def search(
+        self,
+        image: np.ndarray,
+        windows: Sequence[Window],
+        features: Sequence[Features],
+        prev_size: np.ndarray,
+        tuning: tuple[float, float, float],
+    ) -> SearchResult:
+        assert len(windows) == len(features) and prev_size.shape == (len(windows), 2)
+        self.windows.append(list(windows))
+        self.influence.append(tuning[1])
+        self.sizes.append(np.array([size * w.width / 255 for size, w in zip(prev_size, windows, strict=True)]))
+        answers = [self.answer(window) for window in windows]
+        boxes = [window.to_crop(box, 255) for window, (box, _) in zip(windows, answers, strict=True)]
+        ones = np.ones(len(windows), np.float32)
+        score = np.array([score for _, score in answers], np.float32)
+        return SearchResult(np.array(boxes, np.float32), score, ones, np.ones((len(windows), 16, 16), np.float32))
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __enter__(self) -> ScriptedRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def play(tracker: SiamTracker, *scores: float, at: tuple[float, float] = CENTRE) -> list[Track]:
+    """A frame a score, the best box of which is always `at`."""
+    tracks = []
+    for score in scores:
+        tracker.runner.answer = lambda window, score=score: ((*at, 24, 20), score)
+        tracks.append(tracker.update(FRAME))
+    return tracks
+
+
+def names(tracks: Sequence[Track]) -> str:
+    return "".join(track.state.name[0] for track in tracks)
+
+
+def scripted(**tracking: float) -> SiamTracker:
+    runner = ScriptedRunner()
+    tracker = SiamTracker(runner, dataclasses.replace(TrackingSpec(), **tracking))
+    tracker.init(FRAME, START)
+    return tracker
+
+
+def lost(**tracking: float) -> SiamTracker:
+    """A tracker that has just lost its target at `START`; what the runner saw before is forgotten."""
+    tracker = scripted(**tracking)
+    assert names(play(tracker, 0.1, 0.1, 0.1)) == "UUL"
+    for record in (tracker.runner.windows, tracker.runner.influence, tracker.runner.sizes):
+        record.clear()
+    return tracker
+
+
+def test_the_box_found_is_the_box_reported() -> None:
+    tracker = scripted()
+    (track,) = play(tracker, 0.9, at=(120.0, 95.0))
+    assert track.box_xywh == pytest.approx((108, 85, 24, 20), abs=1e-3)
+    assert track.score == pytest.approx(0.9)
+    window = tracker.runner.windows[0][0]  # searched round the box before, not round the one found
+    assert (window.left + window.width / 2, window.top + window.height / 2) == pytest.approx(CENTRE, abs=0.5)
+
+
+def test_size_follows_slowly_and_no_further_than_the_image() -> None:
+    tracker = scripted(size_rate=0.5)
+    tracker.runner.answer = lambda window: ((*CENTRE, 48, 10), 0.8)
+    assert tracker.update(FRAME).box_xywh[2:] == pytest.approx((24 + 0.4 * 24, 20 - 0.4 * 10), abs=1e-3)
+    tracker.runner.answer = lambda window: ((*CENTRE, 5000, 0.01), 0.9)
+    for _ in range(30):
+        track = tracker.update(FRAME)
+    assert track.box_xywh[2:] == (WIDTH, tracker.tracking.min_size_px)
+
+
+@pytest.mark.parametrize(("found", "expected"), [((-40, 500), (0, HEIGHT)), ((999, -3), (WIDTH, 0))])
+def test_centre_stays_inside_the_image(found: tuple[float, float], expected: tuple[float, float]) -> None:
+    x, y, w, h = play(scripted(), 0.9, at=found)[0].box_xywh
+    assert (x + w / 2, y + h / 2) == pytest.approx(expected)
+
+
+def test_weak_frames_lead_to_lost() -> None:
+    assert names(play(scripted(), 0.9, 0.45, 0.1, 0.1, 0.1, 0.5, 0.1)) == "TTUULLL"
+    assert names(play(scripted(), 0.1, 0.1, 0.9, 0.1, 0.1, 0.3, 0.1, 0.1, 0.1)) == "UUTUUUUUL"
+
+
+def test_lost_falls_back_to_the_last_believed_box_and_freezes_it() -> None:
+    tracker = scripted()
+    believed = play(tracker, 0.9, 0.9, at=(130.0, 100.0))[-1]
+    doubtful = play(tracker, 0.1, 0.1, at=(150.0, 60.0))
+    assert doubtful[-1].box_xywh != believed.box_xywh  # the best guess moves, it is only doubtful
+    assert play(tracker, 0.1, at=(170.0, 60.0))[0].box_xywh == believed.box_xywh
+    rng = np.random.default_rng(0)
+    for _ in range(200):  # whatever a runner answers below found_above
+        box = (*rng.uniform(-100, 400, 2), *rng.uniform(1, 300, 2))
+        tracker.runner.answer = lambda window, box=box: (box, float(rng.uniform(0, 0.59)))
+        track = tracker.update(FRAME)
+        assert track.state is State.LOST
+        assert track.box_xywh == believed.box_xywh
+    assert track.frame == 205
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_lost_searches_its_windows_a_frame_and_ever_more_of_the_image(count: int) -> None:
+    tracker = lost(lost_windows=count)
+    seen, growth = np.zeros((HEIGHT, WIDTH), bool), []
+    for _ in range(80):
+        play(tracker, 0.1)
+        for w in tracker.runner.windows[-1]:
+            seen[max(w.top, 0) : w.top + w.height, max(w.left, 0) : w.left + w.width] = True
+        growth.append(int(seen.sum()))
+    assert {len(windows) for windows in tracker.runner.windows} == {count}
+    assert len(set(tracker.runner.windows[0])) == count  # no window is wasted on what another one sees
+    places = [windows[0] for windows in tracker.runner.windows]
+    assert len(set(places)) == 1  # the place of loss, every frame: most targets come back there
+    assert (places[0].left + places[0].width / 2, places[0].top + places[0].height / 2) == pytest.approx(
+        CENTRE, abs=0.5
+    )
+    if count == 1:
+        assert growth[0] == growth[-1]
+    else:
+        assert growth[0] < growth[3] < growth[-1] == WIDTH * HEIGHT
+
+
+def test_no_place_is_preferred_while_lost() -> None:
+    tracker = scripted(window_influence=0.3)
+    play(tracker, 0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.7, 0.9)
+    assert tracker.runner.influence == [0.3, 0.3, 0.3, 0.3, 0, 0, 0, 0.3]  # LOST from the fourth frame's end on
+
+
+def test_size_is_frozen_while_lost() -> None:
+    tracker = lost()
+    tracker.runner.answer = lambda window: ((*CENTRE, 200, 100), 0.5)
+    for _ in range(20):
+        assert tracker.update(FRAME).box_xywh[2:] == START[2:]
+    np.testing.assert_allclose(np.concatenate(tracker.runner.sizes), [START[2:]] * 40, rtol=1e-5)
+
+
+FAR = (290.0, 210.0)
+
+
+def answer_far(window: Window) -> Answer:
+    """Only a window that holds the far place whole sees a target; the others see clutter in their middle."""
+    inside = window.left + 12 <= FAR[0] <= window.left + window.width - 12
+    inside &= window.top + 10 <= FAR[1] <= window.top + window.height - 10
+    middle = (window.left + window.width / 2, window.top + window.height / 2)
+    return ((*FAR, 24, 20), 0.8) if inside else ((*middle, 24, 20), 0.15)
+
+
+def test_a_target_far_away_is_found_again() -> None:
+    tracker = lost()
+    tracker.runner.answer = answer_far
+    tracks = [tracker.update(FRAME) for _ in range(60)]
+    states = names(tracks)
+    found = states.index("U")
+    assert found > 0  # not in the first tile: it had to be searched for
+    assert states == "L" * found + "U" + "T" * (59 - found)
+    assert all(track.box_xywh == START for track in tracks[:found])
+    assert tracks[found].box_xywh == pytest.approx((FAR[0] - 12, FAR[1] - 10, 24, 20), abs=1e-2)
+    assert tracks[found].score == pytest.approx(0.8)
+    assert len(tracker.runner.windows[found + 1]) == 1  # found: one window again, round the new place
+    window = tracker.runner.windows[found + 1][0]
+    assert (window.left + window.width / 2, window.top + window.height / 2) == pytest.approx(FAR, abs=0.5)
+    # Lost again, it is the new place that counts.
+    assert names(play(tracker, 0.1, 0.1, 0.1, at=FAR)) == "UUL"
+    assert tracker.update(FRAME).box_xywh == pytest.approx((FAR[0] - 12, FAR[1] - 10, 24, 20), abs=1e-2)
+
+
+def test_a_find_that_is_not_confirmed_goes_back_to_the_old_place() -> None:
+    tracker = lost()
+    first_tile = None
+    tracker.runner.answer = answer_far
+    while tracker.state is State.LOST:
+        track = tracker.update(FRAME)
+        first_tile = first_tile or tracker.runner.windows[0][1]
+    assert track.box_xywh[:2] != START[:2]
+    tracks = play(tracker, 0.1, 0.1, 0.1, at=FAR)
+    assert names(tracks) == "UUL"
+    assert tracks[-1].box_xywh == pytest.approx(START)
+    play(tracker, 0.1)
+    assert tracker.runner.windows[-1][1] == first_tile  # and the search begins anew, near by
+
+
+def test_mark_lost_is_a_loss_like_any_other() -> None:
+    tracker = scripted()
+    believed = play(tracker, 0.9, at=(130.0, 100.0))[0]
+    play(tracker, 0.3, at=(150.0, 60.0))
+    tracker.mark_lost()
+    assert tracker.state is State.LOST
+    (track,) = play(tracker, 0.5)
+    assert (track.state, track.box_xywh) == (State.LOST, believed.box_xywh)
+    tracker.mark_lost()  # the search goes on, it does not start over
+    play(tracker, 0.5)
+    assert tracker.runner.windows[-1][1] != tracker.runner.windows[-2][1]
+    assert names(play(tracker, 0.6, 0.6)) == "UT"
+    tracker.reset()
+    tracker.mark_lost()
+    assert tracker.state is State.IDLE
+
+
+def test_init_while_lost_starts_over() -> None:
+    tracker = lost()
+    assert tracker.init(FRAME, (200, 150, 30, 30)) == Track((200, 150, 30, 30), 1.0, State.TRACKING, 0)
+    assert names(play(tracker, 0.1, 0.1, 0.9)) == "UUT"
+
+
+def test_a_failing_runner_leaves_the_track_as_it_was() -> None:
+    tracker = scripted()
+    before = play(tracker, 0.1)[0]
+
+    def fail(window: Window) -> Answer:
+        raise OSError("device gone")
+
+    tracker.runner.answer = fail
+    with pytest.raises(OSError, match="device gone"):
+        tracker.update(FRAME)
+    after = play(tracker, 0.1)[0]
+    assert (before.frame, after.frame) == (1, 2)
+    assert names(play(tracker, 0.1)) == "L"  # the failed frame was not counted as weak
+
+
+def test_tracking_parameters_come_from_the_manifest_unless_given() -> None:
+    runner = ScriptedRunner()
+    assert SiamTracker(runner).tracking is runner.bundle.manifest.tracking
+    given = TrackingSpec(lost_windows=7)
+    assert SiamTracker(runner, given).tracking is given
+
+
+def test_close_closes_the_runner() -> None:
+    tracker = scripted()
+    tracker.close()
+    assert tracker.runner.closed
+    assert tracker.state is State.IDLE
