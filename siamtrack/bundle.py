@@ -57,6 +57,15 @@ class CropSpec:
     context: float = 0.5
     fill: str = "first_frame_mean"
 
+    def __post_init__(self) -> None:
+        if self.template_px < 1 or self.search_px < 1 or not self.context >= 0:
+            raise ValueError(
+                f"crop sides must be at least 1 px and context at least 0, got template_px {self.template_px}, "
+                f"search_px {self.search_px}, context {self.context}"
+            )
+        if self.fill != "first_frame_mean":
+            raise ValueError(f"unknown fill {self.fill!r}; known: first_frame_mean")
+
 
 @dataclass(frozen=True)
 class GridSpec:
@@ -164,9 +173,7 @@ def load_bundle(name_or_dir: str | Path | None = None) -> Bundle:
     """
     path = _find(name_or_dir)
     manifest = _read_manifest(path)
-    for name in ("template", "search"):
-        if name not in manifest.graphs:
-            raise BundleError(f"{path}: no {name} graph; export the model again")
+    _check_contract(path, manifest)
     for graph in manifest.graphs.values():
         if Path(graph.file).name != graph.file:
             raise BundleError(f"{path}: graph file {graph.file!r} is not a plain file name inside the bundle")
@@ -198,6 +205,24 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _check_contract(path: Path, manifest: Manifest) -> None:
+    """Graphs must be there, take crops of the manifest's sizes, and be chained by the template tensors' names."""
+    for name in ("template", "search"):
+        if name not in manifest.graphs:
+            raise BundleError(f"{path}: no {name} graph; export the model again")
+    template, search = manifest.graphs["template"], manifest.graphs["search"]
+    tensors = tuple(spec.name for spec in template.outputs)
+    t, s = manifest.crop.template_px, manifest.crop.search_px
+    for what, actual, expected in (
+        ("template inputs", [(i.name, i.shape[1:]) for i in template.inputs], [("image", (t, t, 3))]),
+        ("search image", [i.shape[1:] for i in search.inputs if i.name == "image"], [(s, s, 3)]),
+        ("search inputs", tuple(i.name for i in search.inputs), ("image", *tensors, "prev_size", "tuning")),
+        ("search outputs", tuple(o.name for o in search.outputs), SEARCH_OUTPUTS),
+    ):
+        if actual != expected:
+            raise BundleError(f"{path}: {what} are {actual}, expected {expected}; export the model again")
 
 
 def _find(name_or_dir: str | Path | None) -> Path:

@@ -25,8 +25,8 @@ class Track:
     """What a tracker says after a frame.
 
     Attributes:
-        box_xywh: left, top, width, height in image pixels (continuous; pixel i covers [i, i + 1)). While LOST, the last
-            box that was believed; do not act on it.
+        box_xywh: left, top, width, height in image pixels (continuous; pixel i covers [i, i + 1)). Its centre is inside
+            the image, its edges need not be. While LOST, the last box that was believed; do not act on it.
         score: raw confidence in [0, 1] that the target is in the box.
         state: see `siamtrack.state.State`.
         frame: frames since `init`, whose frame is 0.
@@ -139,10 +139,14 @@ class SiamTracker:
         size = np.array(target.box_cxcywh[2:])
         prev_size = np.array([size * search_px / w.width for w in windows], np.float32)
         result = self.runner.search(frame_bgr, windows, [target.features] * len(windows), prev_size, tuning)
-        best = int(result.score.argmax())
-        score = float(result.score[best])
-        found = _box(windows[best].to_image(_box(result.box_cxcywh[best]), search_px))
-        rate = float(result.penalty[best]) * score * self.tracking.size_rate
+        # A network that overflows must not poison the track: an answer that is no number is no evidence.
+        finite = np.isfinite(result.box_cxcywh).all(axis=1) & np.isfinite(result.score) & np.isfinite(result.penalty)
+        best = int(np.where(finite, result.score, -1.0).argmax())
+        score, rate, found = 0.0, 0.0, target.box_cxcywh
+        if finite[best]:
+            score = float(result.score[best])
+            rate = float(result.penalty[best]) * score * self.tracking.size_rate
+            found = _box(windows[best].to_image(_box(result.box_cxcywh[best]), search_px))
         self._target = self._follow(replace(target, frame=target.frame + 1), found, score, rate)
         return self._track(self._target, score)
 

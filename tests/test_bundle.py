@@ -13,6 +13,7 @@ import pytest
 from siamtrack.bundle import (
     DEFAULT_MODEL,
     MANIFEST_NAME,
+    SEARCH_OUTPUTS,
     Bundle,
     BundleError,
     CropSpec,
@@ -36,11 +37,19 @@ def folder(tmp_path: Path) -> Path:
     """A small complete bundle; its graphs are never opened here, only hashed."""
     path = tmp_path / "bundle"
     path.mkdir()
+    kernel = TensorSpec("kernel", "float32", ("N", 49, 96))
+    size, tuning = TensorSpec("prev_size", "float32", ("N", 2)), TensorSpec("tuning", "float32", (3,))
+    tensors = {
+        "template": ((TensorSpec("image", "uint8", (1, 127, 127, 3)),), (kernel,)),
+        "search": (
+            (TensorSpec("image", "uint8", ("N", 255, 255, 3)), kernel, size, tuning),
+            tuple(TensorSpec(name, "float32", ("N",)) for name in SEARCH_OUTPUTS),
+        ),
+    }
     graphs = {}
-    for name in ("template", "search"):
+    for name, (inputs, outputs) in tensors.items():
         (path / f"{name}.onnx").write_bytes(f"graph of {name}".encode())
-        spec = TensorSpec("image", "uint8", ("N", 127, 127, 3))
-        graphs[name] = GraphSpec(f"{name}.onnx", sha256(path / f"{name}.onnx"), (spec,), ())
+        graphs[name] = GraphSpec(f"{name}.onnx", sha256(path / f"{name}.onnx"), inputs, outputs)
     score = ScoreSpec("probability", Thresholds(0.5, 0.4, 0.2, 10, 0.6))
     write_manifest(path, Manifest(1, "toy", graphs, CropSpec(127, 255), GridSpec(16, 16, 0.5), score, "Apache-2.0"))
     return path
@@ -149,6 +158,24 @@ def test_refused_manifest(folder: Path, change: Callable[[dict[str, Any]], Any],
     with pytest.raises(BundleError, match=message) as refusal:
         load_bundle(folder)
     assert str(folder) in str(refusal.value)  # among several bundles the user must learn which
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["crop"].update(template_px=64), "template inputs are"),
+        (lambda m: m["crop"].update(search_px=287), "search image are"),
+        (lambda m: m["graphs"]["template"]["outputs"][0].update(name="z"), "search inputs are"),
+        (lambda m: m["graphs"]["search"]["inputs"].reverse(), "search inputs are"),
+        (lambda m: m["graphs"]["search"]["outputs"].pop(), "search outputs are"),
+        (lambda m: m["crop"].update(search_px=0), "crop sides must be at least 1 px"),
+        (lambda m: m["crop"].update(fill="black"), "unknown fill 'black'"),
+    ],
+)
+def test_graphs_that_break_the_contract(folder: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    edit(folder, change)
+    with pytest.raises(BundleError, match=message):
+        load_bundle(folder)
 
 
 def test_missing_graph_file(folder: Path) -> None:

@@ -96,8 +96,9 @@ GRIDS = {"siamcan-mobilenetv2": (16, 16, 0.5), "siamcan-r50": (25, 8, 31.5)}
 def test_manifest_says_everything(exported: Exported) -> None:
     net, bundle = exported
     content = json.loads((bundle.path / "manifest.json").read_text())
-    fields = "schema_version model graphs crop grid score licence tracking precision provenance accuracy".split()
-    assert sorted(content) == sorted(fields)
+    fields = {"schema_version", "model", "graphs", "crop", "grid", "score", "licence"}
+    fields |= {"tracking", "precision", "provenance", "accuracy"}
+    assert set(content) == fields
     assert content["schema_version"] == SCHEMA_VERSION
     assert (content["crop"]["template_px"], content["crop"]["search_px"]) == (127, 255)
     assert tuple(content["grid"].values()) == GRIDS[content["model"]]
@@ -183,7 +184,7 @@ def test_changed_graph_is_refused(edge: Exported, tmp_path: Path) -> None:
     content = bytearray((tmp_path / "search.onnx").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "search.onnx").write_bytes(bytes(content))
-    with pytest.raises(BundleError, match="search.onnx is damaged or was changed"):
+    with pytest.raises(BundleError, match=r"search\.onnx is damaged or was changed"):
         load_bundle(tmp_path)
 
 

@@ -152,7 +152,7 @@ def test_channels_set_the_width() -> None:
 
 
 def test_unknown_correlation_is_refused() -> None:
-    with pytest.raises(ValueError, match="correlation must be one of.*'fourier'"):
+    with pytest.raises(ValueError, match=r"correlation must be one of.*'fourier'"):
         SiamCANConfig(correlation="fourier")
 
 
@@ -166,7 +166,8 @@ def one_channel_copy(net: ResNet50Dilated) -> nn.Module:
     def replace(module: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.Conv2d):
-                conv = nn.Conv2d(1, 1, child.kernel_size, child.stride, child.padding, child.dilation, bias=False)  # type: ignore[arg-type]
+                geometry: Any = (child.kernel_size, child.stride, child.padding, child.dilation)
+                conv = nn.Conv2d(1, 1, *geometry, bias=False)
                 nn.init.constant_(conv.weight, 1 / conv.weight.numel())
                 setattr(module, name, conv)
             elif isinstance(child, (nn.BatchNorm2d, nn.ReLU)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -515,3 +516,14 @@ def test_close_closes_the_runner() -> None:
     tracker.close()
     assert tracker.runner.closed
     assert tracker.state is State.IDLE
+
+
+def test_an_answer_that_is_no_number_is_no_evidence() -> None:
+    # An FP16 overflow gives NaN once; the track must neither jump nor break.
+    tracker = scripted()
+    believed = play(tracker, 0.9)[0].box_xywh
+    tracker.runner.answer = lambda window: ((math.nan,) * 4, math.nan)
+    track = tracker.update(FRAME)
+    assert track.box_xywh == believed
+    assert (track.score, track.state) == (0.0, State.UNCERTAIN)
+    assert names(play(tracker, 0.9)) == "T"

@@ -1,4 +1,4 @@
-"""Training's parts: labels, losses, learning rate, readers, pairs, recipes. Numbers are worked by hand where they can be."""
+"""Training's parts: labels, losses, learning rate, readers, pairs, recipes. Numbers are worked by hand where possible."""
 
 from __future__ import annotations
 
@@ -227,8 +227,8 @@ def test_learning_rate_of_the_paper() -> None:
     assert rates[0] == pytest.approx(0.001)
     assert rates[500] == pytest.approx(0.005)
     assert rates[2000] == pytest.approx(0.00005)
-    assert all(a < b for a, b in itertools.pairwise(rates))
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a < b for a, b in itertools.pairwise(rates[:501]))
+    assert all(a > b for a, b in itertools.pairwise(rates[500:]))
     assert rates[250] == pytest.approx(math.sqrt(0.001 * 0.005))  # geometric warm-up
     assert rates[1250] == pytest.approx(math.sqrt(0.005 * 0.00005))  # exponential decay
 
@@ -238,7 +238,7 @@ def test_learning_rate_cosine() -> None:
     rates = [optim.lr * lr_factor(step, 1000, 200, optim) for step in range(1201)]
     assert (rates[0], rates[200], rates[1000]) == pytest.approx((1e-4, 1e-3, 1e-5))
     assert rates[600] == pytest.approx((1e-3 + 1e-5) / 2)  # half way down
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[200:1001]))
     assert rates[1200] == pytest.approx(1e-5)  # past the end it stays
 
 

@@ -12,9 +12,11 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from siamtrack.bundle import SEARCH_OUTPUTS, Bundle, BundleError, GraphSpec
+from siamtrack.bundle import SEARCH_OUTPUTS, Bundle, BundleError
 from siamtrack.crop import Image, Window, crop
 from siamtrack.runners import Features, SearchResult
+
+TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
 
 
 class OnnxRuntimeRunner:
@@ -38,12 +40,13 @@ class OnnxRuntimeRunner:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        self._template_names = [spec.name for spec in bundle.manifest.graphs["template"].outputs]
         self._sessions = {name: _open(bundle, name, options) for name in bundle.manifest.graphs}
 
     def template(self, image: Image, window: Window, fill_bgr: tuple[float, float, float]) -> Features:
         """See `siamtrack.runners.Runner.template`."""
         crops = crop(image, window, self.bundle.manifest.crop.template_px, fill_bgr)[None]
-        return Features(tuple(self.session("template").run(None, {"image": crops})), fill_bgr)
+        return Features(tuple(self.session("template").run(self._template_names, {"image": crops})), fill_bgr)
 
     def search(
         self,
@@ -54,13 +57,12 @@ class OnnxRuntimeRunner:
         tuning: tuple[float, float, float],
     ) -> SearchResult:
         """See `siamtrack.runners.Runner.search`."""
-        session, graph = self.session("search"), self.bundle.manifest.graphs["search"]
+        session = self.session("search")
         size_px = self.bundle.manifest.crop.search_px
         start = time.perf_counter()
         crops = [crop(image, w, size_px, f.fill_bgr)[None] for w, f in zip(windows, features, strict=True)]
         feeds = {"image": _join(crops), "prev_size": prev_size, "tuning": np.asarray(tuning, np.float32)}
-        names = [spec.name for spec in graph.inputs if spec.name not in feeds]
-        for i, name in enumerate(names):
+        for i, name in enumerate(self._template_names):
             feeds[name] = _join([f.tensors[i] for f in features])
         cropped = time.perf_counter()
         box, score, penalty, response = session.run(list(SEARCH_OUTPUTS), feeds)
@@ -100,13 +102,17 @@ def _open(bundle: Bundle, name: str, options: onnxruntime.SessionOptions) -> onn
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own unrelated exception classes
         raise BundleError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}") from error
-    _check(path.name, "inputs", [(i.name, i.type) for i in session.get_inputs()], graph)
-    _check(path.name, "outputs", [(o.name, o.type) for o in session.get_outputs()], graph)
+    for side, nodes, specs in (
+        ("inputs", session.get_inputs(), graph.inputs),
+        ("outputs", session.get_outputs(), graph.outputs),
+    ):
+        actual = [(node.name, node.type, _shape(node.shape)) for node in nodes]
+        wanted = [(spec.name, TYPES.get(spec.dtype, spec.dtype), _shape(spec.shape)) for spec in specs]
+        if actual != wanted:
+            raise BundleError(f"{path.name}: {side} are {actual}, the manifest says {wanted}; export the model again")
     return session
 
 
-def _check(file: str, side: str, actual: list[tuple[str, str]], graph: GraphSpec) -> None:
-    types = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
-    wanted = [(spec.name, types.get(spec.dtype, spec.dtype)) for spec in getattr(graph, side)]
-    if actual != wanted:
-        raise BundleError(f"{file}: {side} are {actual}, the manifest says {wanted}; export the model again")
+def _shape(dimensions: Sequence[int | str | None]) -> list[int | None]:
+    """Dimensions as numbers; None where free."""
+    return [d if isinstance(d, int) else None for d in dimensions]
