@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from evaluation.sequences import Sequence as ImageSequence
 from evaluation.sequences import read_frame, read_sequences
 from siamtrack.benchmark import environment
 from siamtrack.boxes import iou_xywh
+from siamtrack.bundle import load_bundle, shipped_models, write_manifest
 from siamtrack.drawing import contact_sheet, draw_track
 
 DEFAULT_DATA = Path("../shared/data/dev")
@@ -61,8 +63,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save_boxes(options.save_boxes, runs, sequences)
     if options.sheet is not None:
         save_sheets(options.sheet, runs, sequences)
+    if options.record:
+        record(options.model or shipped_models(), rows)
     print(report)
     return 0
+
+
+def record(models: Sequence[str], rows: Sequence[Row]) -> None:
+    """Put each model's mean success AUC and median update time into its manifest, for ``siamtrack models``."""
+    means = {row["tracker"]: row for row in rows if row["sequence"] == "mean"}
+    for model in models:
+        bundle = load_bundle(model)
+        row = means[Path(model).name]
+        accuracy = {"dev_success_auc": round(row["auc"], 4), "update_ms_median": round(row["ms_median"], 2)}
+        merged = {**bundle.manifest.accuracy, **accuracy}
+        write_manifest(bundle.path, dataclasses.replace(bundle.manifest, accuracy=merged))
 
 
 def evaluate(factories: Mapping[str, Callable[[], Any]], sequences: Sequence[ImageSequence]) -> Runs:
@@ -176,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=int, default=2, help="for models and OpenCV (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for the tables (default: %(default)s)")
+    parser.add_argument("--record", action="store_true", help="put AUC and time into the models' manifests")
     parser.add_argument("--save-boxes", type=Path, metavar="DIR", help="also write every box, a CSV a sequence")
     parser.add_argument("--sheet", type=Path, metavar="DIR", help="also write a contact sheet PNG a sequence")
     return parser

@@ -82,13 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evaluation.calibrate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("bundle", type=Path, help="bundle folder")
     parser.add_argument("--sequences", type=Path, required=True, help="folder of sequences not trained on")
-    parser.add_argument("--names", nargs="*", help="use only these")
+    parser.add_argument("--names", nargs="*", help="use only these (default: those its training held out, or all)")
     parser.add_argument("--scenes", type=int, default=3, help="rendered scenes to add (default 3)")
     parser.add_argument("--write", action="store_true", help="put the thresholds into the bundle's manifest")
     options = parser.parse_args(arguments)
     try:
         bundle = load_bundle(options.bundle)
-        clips = load_clips(options.sequences, options.names, options.scenes)
+        held_out = bundle.manifest.provenance.get("validation_videos", "").split()
+        clips = load_clips(options.sequences, options.names or held_out, options.scenes)
     except (ValueError, OSError) as error:
         print(f"calibrate: {error}", file=sys.stderr)
         return 2

@@ -66,6 +66,9 @@ def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
     for key in ("seed", "epochs", "pairs_per_epoch"):
         if key in recipe:
             provenance[key] = str(recipe[key])
+    held_out = _mapping(recipe.get("data")).get("validation_videos")
+    if held_out:
+        provenance["validation_videos"] = " ".join(held_out)
     return Checkpoint(name, net.eval(), provenance)
 
 

@@ -1,4 +1,4 @@
-"""Training's parts: labels, losses, learning rate, readers, pairs, recipes. Numbers are worked by hand where possible."""
+"""Training: labels, losses, learning rate, readers, pairs, recipes. Numbers are worked by hand where possible."""
 
 from __future__ import annotations
 

@@ -75,6 +75,16 @@ class SiameseModule(L.LightningModule):
             return torch.nan_to_num(loss, 0.0, 0.0, 0.0) * 0.0
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop a step with a gradient that is not finite: zero times NaN is NaN, so a zero loss alone stops none.
+
+        Gradients are already shared between processes here, so all of them drop the same step.
+        """
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if not all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients)):
+            for gradient in gradients:
+                gradient.zero_()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         template = self.template_graph(batch["template"])
         size = batch["box"][:, 2:]
@@ -187,10 +197,11 @@ class PairDataModule(L.LightningDataModule):
         return PairDataset(sampler, points, self.recipe.data.labels, seed, length)
 
     def _loader(self, dataset: PairDataset, sampler: EpochSampler) -> DataLoader[Any]:
+        assert self.trainer is not None
         workers = self.recipe.data.workers
         return DataLoader(
             dataset,
-            batch_size=self.recipe.batch_size,
+            batch_size=self.recipe.batch_size // self.trainer.world_size,
             sampler=sampler,
             num_workers=workers,
             collate_fn=collate,

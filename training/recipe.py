@@ -92,7 +92,7 @@ class Recipe:
         seed: of weights and of every pair.
         epochs: passes of `pairs_per_epoch` pairs.
         pairs_per_epoch: a checkpoint is written after each epoch.
-        batch_size: pairs a step and process.
+        batch_size: pairs a step, over all processes together.
         classification: "balanced_ce" (SiamCAN) or "focal".
         cls_weight, loc_weight: lambda_1 and lambda_2 of SiamCAN Eq. 16.
         unfreeze_epoch: from this epoch on the last `unfreeze_stages` stages of the backbone train too.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,41 +26,45 @@ from training.module import PairDataModule, SiameseModule
 from training.recipe import Recipe, load_recipe
 
 
-def train(recipe: Recipe, data_root: Path, out: Path, devices: int = 0, resume: bool = True) -> Path:
+def train(recipe: Recipe, data_root: Path, out: Path, devices: int = 1, resume: bool = True) -> Path:
     """Run a recipe to its end.
 
     Args:
         recipe: what to train.
         data_root: folder the recipe's data paths are relative to.
         out: the run's folder, made when missing.
-        devices: GPUs, or processes on a CPU; 0 takes every GPU, or one process on a CPU.
+        devices: GPUs, or processes on a CPU.
         resume: go on from ``out/last.ckpt`` if it is there.
 
     Returns:
         Path of the last checkpoint.
+
+    Raises:
+        ValueError: the recipe or its data cannot be used, or its batch does not split evenly over the devices.
     """
+    if recipe.batch_size % devices:
+        raise ValueError(f"batch_size {recipe.batch_size} does not split evenly over {devices} devices")
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(yaml.safe_dump(to_plain(recipe), sort_keys=False))
     L.seed_everything(recipe.seed, verbose=False)
     cv2.setNumThreads(0)  # loaders are parallel already
     keep_freed_memory()
     on_gpu = torch.cuda.is_available()
-    count = devices or (torch.cuda.device_count() if on_gpu else 1)
-    if not on_gpu and count > 1:
+    if not on_gpu and devices > 1:
         torch.set_num_threads(1)  # one-thread processes beat one process of many threads on small images
     module = SiameseModule(to_plain(recipe), str(data_root))
     validates = bool(recipe.data.validation_videos) and recipe.validation_pairs > 0
     callbacks: list[Callback] = [LearningRateMonitor("step")]
     if recipe.optim.ema:
-        warmup = recipe.optim.warmup_epochs * recipe.pairs_per_epoch / (recipe.batch_size * count)
+        warmup = recipe.optim.warmup_epochs * recipe.pairs_per_epoch / recipe.batch_size
         callbacks.append(EMAWeightAveraging(decay=recipe.optim.ema, update_starting_at_step=int(warmup)))
     best: dict[str, Any] = {"monitor": "val/iou", "mode": "max", "filename": "best"} if validates else {}
     callbacks.append(ModelCheckpoint(out, save_last=True, save_top_k=1, enable_version_counter=False, **best))
     trainer = L.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
-        devices=count,
+        devices=devices,
         # The backbone is frozen at first: its weights take no part in the loss then.
-        strategy=DDPStrategy(find_unused_parameters=True) if count > 1 else "auto",
+        strategy=DDPStrategy(find_unused_parameters=True) if devices > 1 else "auto",
         use_distributed_sampler=False,  # EpochSampler splits by rank
         precision=recipe.precision,  # type: ignore[arg-type]
         max_epochs=recipe.epochs,
@@ -74,6 +79,11 @@ def train(recipe: Recipe, data_root: Path, out: Path, devices: int = 0, resume: 
     resume_from = str(last) if resume and last.exists() else None
     trainer.fit(module, PairDataModule(recipe, data_root), ckpt_path=resume_from, weights_only=True)
     return last
+
+
+def all_devices() -> int:
+    """Every GPU; on a CPU one process a core, up to 4."""
+    return torch.cuda.device_count() or min(os.cpu_count() or 1, 4)
 
 
 def keep_freed_memory() -> None:
@@ -98,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, help="YAML file, see training/recipes/")
     parser.add_argument("--data", type=Path, required=True, help="folder the recipe's data paths are relative to")
     parser.add_argument("--out", type=Path, help="run folder (default runs/<recipe name>)")
-    parser.add_argument("--devices", type=int, default=0, help="GPUs, or processes on a CPU (default: all GPUs, or 1)")
+    parser.add_argument("--devices", type=int, default=0, help="GPUs, or processes on a CPU (default: all)")
     parser.add_argument("--seed", type=int, help="replace the recipe's seed")
     parser.add_argument("--epochs", type=int, help="replace the recipe's epochs")
     parser.add_argument("--fresh", action="store_true", help="start over even if the run has a checkpoint")
@@ -107,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or Path("runs") / options.recipe.stem
     try:
         recipe = load_recipe(options.recipe, overrides)
-        last = train(recipe, options.data, out, options.devices, resume=not options.fresh)
+        last = train(recipe, options.data, out, options.devices or all_devices(), resume=not options.fresh)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
