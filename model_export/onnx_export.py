@@ -35,6 +35,7 @@ from siamtrack.nets.decode import SearchGraph, SiameseNet, TemplateGraph
 from siamtrack.state import Thresholds
 
 OPSET = 18
+IR_VERSION = 8  # the oldest that holds this opset: read by ONNX Runtime from 1.14 on, so by older robots too
 SCORE_MEANING = "probability, as trained, that the chosen cell lies on the target; before size penalty and window"
 UNCALIBRATED = Thresholds(tracking_above=0.5, uncertain_below=0.4, lost_below=0.2, lost_after=10, found_above=0.6)
 
@@ -144,6 +145,7 @@ def _export(
         scratch_file = Path(scratch) / path.name
         program.save(str(scratch_file), external_data=False)
         model = onnx.load(str(scratch_file))
+    model.ir_version = IR_VERSION
     _strip(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))

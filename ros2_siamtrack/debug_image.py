@@ -11,7 +11,7 @@ import cv2
 from sensor_msgs.msg import CompressedImage
 
 from ros2_siamtrack.images import RosFrame
-from ros2_siamtrack.messages import header_message
+from ros2_siamtrack.messages import as_uint8_array, header_message
 from siamtrack.drawing import draw_track
 from siamtrack.session import Report
 from siamtrack.state import State
@@ -25,10 +25,13 @@ class DebugPainter:
     Args:
         publisher: of `sensor_msgs/CompressedImage`.
         rate_hz: current rate limit.
+        on_error: called with what went wrong with a picture; the next one is tried all the same.
     """
 
-    def __init__(self, publisher: Any, rate_hz: Callable[[], float]) -> None:
-        self._publisher, self._rate_hz = publisher, rate_hz
+    def __init__(
+        self, publisher: Any, rate_hz: Callable[[], float], on_error: Callable[[Exception], None] = lambda error: None
+    ) -> None:
+        self._publisher, self._rate_hz, self._on_error = publisher, rate_hz, on_error
         self._changed = threading.Condition()
         self._newest: Report | None = None
         self._stopping = False
@@ -57,7 +60,10 @@ class DebugPainter:
                 report, self._newest = self._newest, None
             began = time.monotonic()
             if report is not None and isinstance(report.frame, RosFrame):
-                self._paint(report, report.frame)
+                try:
+                    self._paint(report, report.frame)
+                except Exception as error:  # a picture that does not decode, or ROS has been shut down
+                    self._on_error(error)
             pause_s = 1 / self._rate_hz() - (time.monotonic() - began)
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping, timeout=max(pause_s, 0.0))
@@ -67,7 +73,8 @@ class DebugPainter:
         box, score = (track.box_xywh, track.score) if track is not None else (None, float("nan"))
         if report.state is State.IDLE:
             box = None
-        drawn = draw_track(frame.bgr(), box, str(report.state), score, label=report.target_id)
+        image = report.image if report.image is not None else frame.bgr()
+        drawn = draw_track(image, box, str(report.state), score, label=report.target_id)
         _, encoded = cv2.imencode(".jpg", drawn, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))
-        message = CompressedImage(header=header_message(frame.header), format="jpeg", data=encoded.tobytes())
+        message = CompressedImage(header=header_message(frame.header), format="jpeg", data=as_uint8_array(encoded))
         self._publisher.publish(message)

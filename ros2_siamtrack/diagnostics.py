@@ -56,15 +56,17 @@ class Health:
             "paused": str(worker.paused).lower(),
         }
         status = DiagnosticStatus(name=f"{name}: tracker", hardware_id=name)
-        status.level, status.message = self._level(silent)
+        status.level, status.message = self._level(silent, worker.paused)
         status.values = [KeyValue(key=key, value=value) for key, value in values.items()]
         array = DiagnosticArray(status=[status])
         array.header.stamp = stamp
         return array
 
-    def _level(self, silent: bool) -> tuple[bytes, str]:
+    def _level(self, silent: bool, paused: bool) -> tuple[bytes, str]:
         if silent:
             return DiagnosticStatus.ERROR, self.reason or "no images"
+        if paused:
+            return DiagnosticStatus.WARN, "paused"
         if self.state is State.LOST:
             return DiagnosticStatus.WARN, f"LOST: {self.reason}"
         return DiagnosticStatus.OK, str(self.state)

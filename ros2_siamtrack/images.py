@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import cv2
@@ -117,17 +116,16 @@ class RosFrame:
         """The picture as uint8 ``[H, W, 3]``; a view without a copy for bgr8, rgb8 and mono8.
 
         Raises:
-            MessageError: unknown encoding, too little data, or a compressed image that does not decode.
+            MessageError: a picture that its decoder refuses.
         """
-        return self._bgr
-
-    @cached_property
-    def _bgr(self) -> Image:
-        if self.compressed:
-            return _decompress(self)
+        # Not cached: the buffer of past frames must not grow by pictures that nobody counts.
         if self.encoding not in LAYOUTS and self.convert is not None:
             return self.convert(self)
-        return _to_bgr(self)
+        try:
+            return _decompress(self) if self.compressed else _to_bgr(self)
+        except cv2.error as error:  # such as an odd width in yuv422
+            what = f"{self.width}x{self.height} {self.encoding} image"
+            raise MessageError(f"OpenCV cannot decode a {what}: {' '.join(str(error).split())}") from error
 
 
 def parse_image(serialised: bytes, arrival_ns: int, convert: Callable[[RosFrame], Image] | None = None) -> RosFrame:
@@ -139,7 +137,8 @@ def parse_image(serialised: bytes, arrival_ns: int, convert: Callable[[RosFrame]
         convert: see `RosFrame`.
 
     Raises:
-        MessageError: truncated, or not such a message.
+        MessageError: truncated, not such a message, an unknown encoding without `convert`, or less data than the
+            picture needs.
     """
     reader = _CdrReader(serialised)
     header = reader.header()
@@ -147,7 +146,9 @@ def parse_image(serialised: bytes, arrival_ns: int, convert: Callable[[RosFrame]
     encoding = reader.string()
     big_endian = bool(reader.uint8())
     step = reader.uint32()
-    return RosFrame(header, arrival_ns, height, width, encoding, step, big_endian, reader.payload(), convert=convert)
+    frame = RosFrame(header, arrival_ns, height, width, encoding, step, big_endian, reader.payload(), convert=convert)
+    _check_layout(frame)
+    return frame
 
 
 def parse_compressed_image(serialised: bytes, arrival_ns: int) -> RosFrame:
@@ -207,25 +208,38 @@ class _CdrReader:
             raise MessageError(f"message is truncated: {size} bytes wanted at {self._at}, it has {len(self._data)}")
 
 
-def _to_bgr(frame: RosFrame) -> Image:
-    if frame.encoding not in LAYOUTS:
-        raise MessageError(f"unknown image encoding {frame.encoding!r}; known: {', '.join(LAYOUTS)}")
-    channels, kind = LAYOUTS[frame.encoding]
-    row_bytes = frame.width * channels * np.dtype(kind).itemsize
+def _check_layout(frame: RosFrame) -> None:
     what = f"{frame.width}x{frame.height} {frame.encoding} image"
     if frame.width < 1 or frame.height < 1:
         raise MessageError(f"{what} is empty")
+    if frame.encoding not in LAYOUTS:
+        if frame.convert is None:
+            raise MessageError(f"unknown image encoding {frame.encoding!r}; known: {', '.join(LAYOUTS)}")
+        return
+    row_bytes = _row_bytes(frame)
     if frame.step < row_bytes:
         raise MessageError(f"{what}: step is {frame.step} bytes, a row needs {row_bytes}")
     # The last row need not be padded to the full step.
     needed = frame.step * (frame.height - 1) + row_bytes
     if len(frame.data) < needed:
         raise MessageError(f"{what}: data has {len(frame.data)} bytes, {needed} are needed")
+
+
+def _row_bytes(frame: RosFrame) -> int:
+    channels, kind = LAYOUTS[frame.encoding]
+    return frame.width * channels * np.dtype(kind).itemsize
+
+
+def _to_bgr(frame: RosFrame) -> Image:
+    channels, kind = LAYOUTS[frame.encoding]
+    row_bytes = _row_bytes(frame)
     rows = np.lib.stride_tricks.as_strided(frame.data, (frame.height, row_bytes), (frame.step, 1), writeable=False)
     if kind is np.uint16:
         wide = np.ascontiguousarray(rows).view(">u2" if frame.big_endian else "<u2")
-        # Sensors of 10, 12 or 14 bits fill the low bits: shift by what the brightest pixel uses, not by 8.
-        rows = (wide >> max(int(wide.max()).bit_length() - 8, 0)).astype(np.uint8)
+        # Sensors of 10, 12 or 14 bits fill the low bits: shift by what the brightest pixel uses, not by 8. In steps of
+        # two bits, as sensors come, so that brightness does not flicker with one bright pixel.
+        bits = max(8, -(-int(wide.max()).bit_length() // 2) * 2)
+        rows = (wide >> (bits - 8)).astype(np.uint8)
     pixels = rows.reshape(frame.height, frame.width, channels) if channels > 1 else rows
     if frame.encoding in ("bgr8", "8UC3", "bgr16"):
         return pixels

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import array
 import math
 from typing import Any
 
-from builtin_interfaces.msg import Time
+import numpy as np
+from builtin_interfaces.msg import Duration, Time
 from geometry_msgs.msg import Point, Vector3Stamped
+from numpy.typing import NDArray
 from sensor_msgs.msg import CameraInfo, Image, RegionOfInterest
 from std_msgs.msg import ColorRGBA
 from std_msgs.msg import Header as HeaderMessage
@@ -30,6 +33,7 @@ except ImportError:
     CvBridge = None
 
 CLASS_ID = "target"
+OVERLAY_LIFETIME = Duration(sec=1)
 STATE_RGB = {State.TRACKING: (0.3, 0.85, 0.35), State.UNCERTAIN: (1.0, 0.7, 0.15), State.LOST: (0.95, 0.25, 0.25)}
 
 
@@ -67,11 +71,12 @@ def bearing_message(header: Header, bearing: tuple[float, float, float]) -> Vect
 
 
 def overlay_message(header: Header, box_xywh: Box | None, state: State) -> ImageMarker:
-    """The box as lines; a removal when the target is not seen."""
+    """The box as lines that vanish when nothing follows; a removal when the target is not seen."""
     message = ImageMarker(header=header_message(header), ns="siamtrack", id=0, type=ImageMarker.LINE_STRIP)
     if box_xywh is None:
         message.action = ImageMarker.REMOVE
         return message
+    message.lifetime = OVERLAY_LIFETIME
     x, y, w, h = box_xywh
     corners = ((x, y), (x + w, y), (x + w, y + h), (x, y + h), (x, y))
     # Markers count pixel centres from 0: half a pixel less than continuous coordinates.
@@ -81,13 +86,35 @@ def overlay_message(header: Header, box_xywh: Box | None, state: State) -> Image
     return message
 
 
+def box_from_overlay(message: ImageMarker) -> tuple[Box | None, State]:
+    """Box and state that `overlay_message` put into a marker."""
+    if message.action == ImageMarker.REMOVE or not message.points:
+        return None, State.LOST
+    left, top = min(p.x for p in message.points), min(p.y for p in message.points)
+    size = (max(p.x for p in message.points) - left, max(p.y for p in message.points) - top)
+    colour = (message.outline_color.r, message.outline_color.g, message.outline_color.b)
+    state = min(STATE_RGB, key=lambda s: math.dist(STATE_RGB[s], colour))  # colours are rounded on the way
+    return (left + 0.5, top + 0.5, *size), state
+
+
+def box_from_detection(message: Any) -> tuple[Box | None, float]:
+    """Box and score of a detection; None and NaN without a hypothesis."""
+    if not message.results:
+        return None, math.nan
+    centre, w, h = message.bbox.center.position, message.bbox.size_x, message.bbox.size_y
+    return (centre.x - w / 2, centre.y - h / 2, w, h), float(message.results[0].hypothesis.score)
+
+
 def camera_from_info(info: CameraInfo) -> Camera:
-    """The camera of a CameraInfo.
+    """The camera of a CameraInfo, with its region of interest; binning is a scaled image like any other.
 
     Raises:
         ValueError: it is not calibrated, or of an unknown distortion model.
     """
-    return Camera(info.width, info.height, tuple(info.k), tuple(info.d), info.distortion_model)
+    k, roi, width, height = list(info.k), info.roi, info.width, info.height
+    if roi.width and roi.height:
+        k[2], k[5], width, height = k[2] - roi.x_offset, k[5] - roi.y_offset, roi.width, roi.height
+    return Camera(width, height, tuple(k), tuple(info.d), info.distortion_model)
 
 
 def init_from_roi(message: RegionOfInterest) -> InitRequest:
@@ -107,6 +134,13 @@ def init_from_point(point: Point, size_px: float, stamp: Time | None = None) -> 
     return InitRequest(box, stamp_ns(stamp) if stamp is not None else 0)
 
 
+def as_uint8_array(data: NDArray[np.uint8]) -> array.array[int]:
+    """What a ``uint8[]`` field takes as it is; of anything else rclpy checks every single byte."""
+    values = array.array("B")
+    values.frombytes(memoryview(np.ascontiguousarray(data)).cast("B"))
+    return values
+
+
 def stamp_ns(stamp: Time) -> int:
     """A stamp as nanoseconds."""
     return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
@@ -124,7 +158,7 @@ def convert_with_cv_bridge(frame: RosFrame) -> Any:
         encoding=frame.encoding,
         is_bigendian=int(frame.big_endian),
         step=frame.step,
-        data=frame.data.tobytes(),
+        data=as_uint8_array(frame.data),
     )
     try:
         return CvBridge().imgmsg_to_cv2(message, "bgr8")

@@ -8,7 +8,9 @@ publishes.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,8 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import Point, PointStamped, Vector3Stamped
 from rcl_interfaces.msg import SetParametersResult
-from rclpy.event_handler import SubscriptionEventCallbacks
+from rclpy.clock import Clock, ClockType
+from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter as RosParameter
@@ -41,10 +44,15 @@ from siamtrack.state import State
 from siamtrack.tracker import SiamTracker
 from siamtrack.worker import Worker
 
-LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-EVERY_FRAME = QoSProfile(history=HistoryPolicy.KEEP_ALL, reliability=ReliabilityPolicy.RELIABLE)
+try:
+    from rclpy.event_handler import SubscriptionEventCallbacks, UnsupportedEventTypeError
+except ImportError:  # Humble
+    from rclpy.qos_event import SubscriptionEventCallbacks, UnsupportedEventTypeError
+
 WATCHDOG_PERIOD_S = 0.1
 SILENCE_WARNING_S = 5.0
+QUIET_S = 5.0  # a cause of warnings that was quiet for so long is logged again
+CAUSES_KEPT = 100
 
 
 class TrackerNode(LifecycleNode):
@@ -63,7 +71,11 @@ class TrackerNode(LifecycleNode):
         self._camera: Camera | None = None
         self._painter: DebugPainter | None = None
         self._health = Health()
-        self._logged: set[str] = set()
+        self._warned: dict[str, float] = {}  # cause -> when it last occurred, oldest first
+        self._warned_lock = threading.Lock()
+        self._state_lock = threading.Lock()
+        self._said_what_is_missing = False
+        self._image_topic = ""
         self._last_arrival_s = 0.0
         self._last_stamp_ns = 0
         self._silent = False
@@ -78,49 +90,62 @@ class TrackerNode(LifecycleNode):
         if problem:
             self.get_logger().error(problem)
             return TransitionCallbackReturn.FAILURE
+        self._health = Health()
         worker = Worker(
             self._open_tracker,
             self._on_report,
-            lambda error: self._warn_once(f"worker:{error}", f"while tracking: {type(error).__name__}: {error}"),
+            self._on_worker_error,
             FrameRing(self._value("buffer_s"), self._value("buffer_mb")),
             every=self._value("processing") == "every",
         )
         try:
             worker.start()
-        except Exception as error:  # a missing or damaged model must not end the process
+            self._worker = worker
+            self._create_outputs()
+            self._held_services = [
+                self.create_service(Trigger, "~/reset", self._on_reset),
+                self.create_service(SetBool, "~/pause", self._on_pause),
+            ]
+        except Exception as error:  # a missing or damaged model or a bad QoS override must not end the process
             self.get_logger().error(f"cannot configure: {error}")
+            self._give_back()
             return TransitionCallbackReturn.FAILURE
-        self._worker = worker
-        self._create_outputs()
-        self._held_services = [
-            self.create_service(Trigger, "~/reset", self._on_reset),
-            self.create_service(SetBool, "~/pause", self._on_pause),
-        ]
         self._say_what_is_missing()
         self.get_logger().info(f"configured: {self._health.model} on {self._value('backend')}")
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Subscribe and publish."""
-        result = super().on_activate(state)
         self._last_arrival_s, self._last_stamp_ns, self._silent = time.monotonic(), 0, False
-        self._active = True
-        self._painter = DebugPainter(self._outputs["debug_image"], lambda: self._value("debug_image_hz"))
-        self._create_inputs()
-        self._held_timers = [
-            self.create_timer(WATCHDOG_PERIOD_S, self._watch, clock=self._steady_clock()),
-            self.create_timer(1.0, self._publish_diagnostics, clock=self._steady_clock()),
-        ]
-        self._publish_state(State.IDLE, "", force=True)
+        self._health.state, self._health.reason = State.IDLE, ""
+        result = super().on_activate(state)
+        try:
+            self._painter = DebugPainter(
+                self._outputs["debug_image"], lambda: self._value("debug_image_hz"), self._on_worker_error
+            )
+            self._create_inputs()
+            self._held_timers = [
+                self.create_timer(WATCHDOG_PERIOD_S, self._watch, clock=_steady_clock()),
+                self.create_timer(1.0, self._publish_diagnostics, clock=_steady_clock()),
+            ]
+        except Exception as error:  # rclpy would swallow it
+            self.get_logger().error(f"cannot activate: {error}")
+            self._drop_inputs()
+            super().on_deactivate(state)
+            return TransitionCallbackReturn.FAILURE
+        with self._state_lock:
+            self._active = True
+            self._publish_state(State.IDLE, "")
         return result
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Stop listening; the target is forgotten."""
-        self._active = False
+        self._fall_silent()
         self._drop_inputs()
         if self._worker is not None:
-            self._worker.reset("deactivated")
-            self._worker.ring.clear()
+            self._worker.clear()
+            self._worker.reset()
+            self._worker.pause(False)
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -143,8 +168,15 @@ class TrackerNode(LifecycleNode):
         self._give_back()
         super().destroy_node()
 
+    def _fall_silent(self) -> None:
+        """No report goes out from here on, and who joins late does not read the state of a target long gone."""
+        with self._state_lock:
+            if self._active:
+                self._publish_state(State.IDLE, "deactivated")
+            self._active = False
+
     def _give_back(self) -> None:
-        self._active = False
+        self._fall_silent()
         self._drop_inputs()
         if self._worker is not None:
             self._worker.stop()
@@ -152,7 +184,7 @@ class TrackerNode(LifecycleNode):
         for service in self._held_services:
             self.destroy_service(service)
         for publisher in self._outputs.values():
-            self.destroy_publisher(publisher)
+            self.destroy_lifecycle_publisher(publisher)
         self._held_services, self._outputs, self._camera, self._published_state = [], {}, None, None
 
     def _drop_inputs(self) -> None:
@@ -180,7 +212,7 @@ class TrackerNode(LifecycleNode):
             "roi": (RegionOfInterest, "~/roi", 10),
             "bearing": (Vector3Stamped, "~/bearing", 10),
             "overlay": (ImageMarker, "~/overlay", 10),
-            "state": (String, "~/state", LATCHED),
+            "state": (String, "~/state", latched_qos()),
             "debug_image": (CompressedImage, "~/debug_image/compressed", 1),
             "diagnostics": (DiagnosticArray, "/diagnostics", 10),
         }
@@ -191,48 +223,59 @@ class TrackerNode(LifecycleNode):
             self._outputs[name] = self.create_lifecycle_publisher(kind, topic, qos, qos_overriding_options=overrides)
 
     def _create_inputs(self) -> None:
+        # As image_transport does it: remapping `image` moves the compressed topic and the clicks along.
+        base = self.resolve_topic_name("image")
         compressed = self._value("image_transport") == "compressed"
-        topic, kind = ("image/compressed", CompressedImage) if compressed else ("image", Image)
-        every = self._value("processing") == "every"
-        depth_one = with_depth(qos_profile_sensor_data, depth=1)
-        self._image_topic = self.resolve_topic_name(topic)
+        self._image_topic = f"{base}/compressed" if compressed else base
         parse: Callable[[bytes, int], RosFrame] = parse_compressed_image if compressed else self._parse_raw
-        clicks = self.resolve_topic_name("image") + "_mouse_left"
-        self._inputs = [
-            self.create_subscription(
-                kind,
-                topic,
-                lambda serialised: self._on_image(serialised, parse),
-                EVERY_FRAME if every else depth_one,
-                raw=True,
-                event_callbacks=SubscriptionEventCallbacks(
-                    incompatible_qos=self._on_incompatible_qos, message_lost=self._on_message_lost
-                ),
-                qos_overriding_options=QoSOverridingOptions.with_default_policies(),
-            ),
-            self.create_subscription(CameraInfo, "camera_info", self._on_camera_info, qos_profile_sensor_data),
-            self.create_subscription(RegionOfInterest, "~/init_box", self._on_init_box, 10),
-            self.create_subscription(PointStamped, "~/init_point", self._on_init_point, 10),
-            self.create_subscription(Point, clicks, self._on_click, 10),
+        self._inputs.append(self._subscribe_images(CompressedImage if compressed else Image, parse))
+        inputs: list[tuple[Any, str, Callable[[Any], None], Any]] = [
+            (CameraInfo, "camera_info", self._on_camera_info, qos_profile_sensor_data),
+            (RegionOfInterest, "~/init_box", self._on_init_box, 10),
+            (PointStamped, "~/init_point", self._on_init_point, 10),
+            (Point, f"{base}_mouse_left", self._on_click, 10),
         ]
         if messages.Detection2D is not None:
-            self._inputs.append(
-                self.create_subscription(messages.Detection2D, "~/init_detection", self._on_init_detection, 10)
-            )
+            inputs.append((messages.Detection2D, "~/init_detection", self._on_init_detection, 10))
+        for kind, topic, callback, qos in inputs:
+            self._inputs.append(self.create_subscription(kind, topic, callback, qos))
+
+    def _subscribe_images(self, kind: Any, parse: Callable[[bytes, int], RosFrame]) -> Any:
+        every = self._value("processing") == "every"
+        events: dict[str, Callable[[Any], None]] = {
+            "incompatible_qos": self._on_incompatible_qos,
+            "message_lost": self._on_message_lost,
+        }
+        while True:
+            try:
+                return self.create_subscription(
+                    kind,
+                    self._image_topic,
+                    lambda serialised: self._on_image(serialised, parse),
+                    every_frame_qos() if every else newest_frame_qos(),
+                    raw=True,
+                    event_callbacks=SubscriptionEventCallbacks(**events),
+                    qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+                )
+            except UnsupportedEventTypeError:  # not every middleware has both
+                if not events:
+                    raise
+                events.popitem()
 
     def _parse_raw(self, serialised: bytes, arrival_ns: int) -> RosFrame:
         return parse_image(serialised, arrival_ns, messages.convert_with_cv_bridge if messages.CvBridge else None)
 
     def _say_what_is_missing(self) -> None:
+        if self._said_what_is_missing:
+            return
+        self._said_what_is_missing = True
         if messages.Detection2D is None:
-            self._warn_once(
-                "vision_msgs",
+            self.get_logger().warning(
                 "vision_msgs is not installed: ~/detection and ~/init_detection are off, the rest works "
                 "(sudo apt install ros-$ROS_DISTRO-vision-msgs)",
             )
         if messages.CvBridge is None:
-            self._warn_once(
-                "cv_bridge",
+            self.get_logger().warning(
                 "cv_bridge is not installed: usual image encodings work without it, rare ones will not "
                 "(sudo apt install ros-$ROS_DISTRO-cv-bridge)",
             )
@@ -243,28 +286,27 @@ class TrackerNode(LifecycleNode):
         worker = self._worker
         if worker is None:
             return
-        arrival_ns = self.get_clock().now().nanoseconds
         try:
-            frame = parse(serialised, arrival_ns)
+            frame = parse(serialised, self.get_clock().now().nanoseconds)
         except ValueError as error:
-            self._warn_once(f"image:{error}", f"image ignored: {error}")
+            self._warn(f"image ignored: {error}")
             return
         self._last_arrival_s, self._silent = time.monotonic(), False
-        back_ns = self._last_stamp_ns - frame.stamp_ns
-        if frame.stamp_ns and 0 < back_ns <= FrameRing.JUMP_NS:
-            self._warn_once("order", f"image ignored: its stamp is {back_ns / 1e6:.0f} ms before the previous one's")
-            return
-        self._last_stamp_ns = frame.stamp_ns
+        if frame.stamp_ns > 0:
+            back_ns = self._last_stamp_ns - frame.stamp_ns
+            if 0 < back_ns <= FrameRing.JUMP_NS:
+                self._warn(f"image ignored: its stamp is {back_ns / 1e6:.0f} ms before that of the one before")
+                return
+            self._last_stamp_ns = frame.stamp_ns
         if worker.submit(frame):
-            self.get_logger().warning("time jumped back: buffered frames dropped, searching for the target anew")
-            worker.lose("time jumped back")
+            self._warn("time jumped back: buffered frames dropped")
 
     def _on_camera_info(self, info: CameraInfo) -> None:
         try:
             self._camera = messages.camera_from_info(info)
         except ValueError as error:
             self._camera = None
-            self._warn_once(f"camera:{error}", f"no bearing: {error}")
+            self._warn(f"no bearing: {error}", cause="camera_info")
 
     def _on_init_box(self, message: RegionOfInterest) -> None:
         self._start(messages.init_from_roi(message))
@@ -279,10 +321,10 @@ class TrackerNode(LifecycleNode):
         self._start(messages.init_from_point(point, self._value("init_point_size_px")))
 
     def _start(self, init: InitRequest) -> None:
-        if self._worker is None:
+        if self._worker is None or not self._active:
             return
         if self._worker.received == 0:
-            self.get_logger().info("box received before the first image: it will start on that")
+            self._warn("box received before the first image: it starts on that", cause="early box")
         self._worker.request(init)
 
     def _on_reset(self, request: Any, response: Any) -> Any:
@@ -298,10 +340,15 @@ class TrackerNode(LifecycleNode):
         return response
 
     def _on_incompatible_qos(self, event: Any) -> None:
-        self._warn_once("qos", f"a publisher of {self._image_topic} offers an incompatible QoS: {self._offers()}")
+        if self._is_news("incompatible qos"):
+            self.get_logger().warning(
+                f"a publisher of {self._image_topic} offers a QoS that cannot be taken: {self._offers()}; to take it, "
+                f"start with -p qos_overrides.{self._image_topic}.subscription.reliability:=best_effort"
+            )
 
     def _on_message_lost(self, event: Any) -> None:
         self._health.lost_in_transport = event.total_count
+        self._warn(f"{event.total_count_change} images lost on the way here", cause="message lost")
 
     def _on_parameters(self, parameters: list[RosParameter]) -> SetParametersResult:
         for parameter in parameters:
@@ -324,51 +371,57 @@ class TrackerNode(LifecycleNode):
     def _on_report(self, report: Report) -> None:
         """Publish what is known; runs on the worker's thread."""
         if report.warning:
-            self._warn_once(f"report:{report.warning}", report.warning)
+            self._warn(report.warning)
         if not self._active:
             return
-        outputs = self._outputs
-        frame = report.frame
-        if isinstance(frame, RosFrame):
-            seen = report.track is not None and report.state in (State.TRACKING, State.UNCERTAIN)
-            box = report.track.box_xywh if report.track is not None and seen else None
-            score = report.track.score if report.track is not None else float("nan")
-            if report.state is not State.IDLE:
-                if "detection" in outputs and _wanted(outputs["detection"]):
-                    detection = messages.detection_message(frame.header, box, score, report.target_id)
-                    outputs["detection"].publish(detection)
-                if _wanted(outputs["overlay"]):
-                    outputs["overlay"].publish(messages.overlay_message(frame.header, box, report.state))
-            if box is not None:
-                height, width = frame.bgr().shape[:2]
-                if _wanted(outputs["roi"]):
-                    outputs["roi"].publish(messages.roi_message(box, width, height))
-                if self._camera is not None and _wanted(outputs["bearing"]):
-                    x, y, w, h = box
-                    bearing = self._camera.bearing(x + w / 2, y + h / 2, width, height)
-                    outputs["bearing"].publish(messages.bearing_message(frame.header, bearing))
-            self._health.handled(frame, self.get_clock().now().nanoseconds)
-            if self._painter is not None and _wanted(outputs["debug_image"]):
-                self._painter.offer(report)
-        self._health.state, self._health.reason, self._health.score = report.state, report.reason, _score(report)
-        self._publish_state(report.state, report.reason)
+        if isinstance(report.frame, RosFrame) and report.state is not State.IDLE:
+            self._publish_target(report, report.frame)
+            self._health.handled(report.frame, self.get_clock().now().nanoseconds)
+        painter = self._painter
+        if painter is not None and report.frame is not None and _wanted(self._outputs["debug_image"]):
+            painter.offer(report)
+        with self._state_lock:
+            if self._active:
+                self._publish_state(report.state, report.reason)
+                self._health.score = report.track.score if report.track is not None else float("nan")
 
-    def _publish_state(self, state: State, reason: str, force: bool = False) -> None:
-        if "state" in self._outputs and (force or (state, reason) != self._published_state):
+    def _publish_target(self, report: Report, frame: RosFrame) -> None:
+        outputs, track, camera = self._outputs, report.track, self._camera
+        seen = track is not None and report.state is not State.LOST
+        box = track.box_xywh if track is not None and seen else None
+        if box is not None and report.image is not None:
+            x, y, w, h = box
+            height, width = report.image.shape[:2]
+            if camera is not None and _wanted(outputs["bearing"]):
+                try:
+                    bearing = camera.bearing(x + w / 2, y + h / 2, width, height)
+                    outputs["bearing"].publish(messages.bearing_message(frame.header, bearing))
+                except ValueError as error:
+                    self._warn(f"no bearing: {error}", cause="bearing")
+            if _wanted(outputs["roi"]):
+                outputs["roi"].publish(messages.roi_message(box, width, height))
+        if "detection" in outputs and _wanted(outputs["detection"]):
+            score = track.score if track is not None else float("nan")
+            outputs["detection"].publish(messages.detection_message(frame.header, box, score, report.target_id))
+        if _wanted(outputs["overlay"]):
+            outputs["overlay"].publish(messages.overlay_message(frame.header, box, report.state))
+
+    def _publish_state(self, state: State, reason: str) -> None:
+        """Say it when it changed; the caller holds the lock."""
+        self._health.state, self._health.reason = state, reason
+        if (state, reason) != self._published_state:
             self._published_state = (state, reason)
             self._outputs["state"].publish(String(data=str(state)))
-            if reason:
-                self.get_logger().info(f"{state}: {reason}")
+            self.get_logger().info(f"{state}: {reason}" if reason else str(state))
 
     def _watch(self) -> None:
         """Say so when images stop."""
-        silent_s = time.monotonic() - self._last_arrival_s
-        if self._worker is None or self._silent or silent_s < self._value("timeout_s"):
-            if silent_s > SILENCE_WARNING_S:
-                self._warn_once("silence", f"no image on {self._image_topic} for {silent_s:.0f} s: {self._offers()}")
-            return
-        self._silent = True
-        self._worker.lose(f"no image for {self._value('timeout_s'):g} s")
+        silent_s, timeout_s = time.monotonic() - self._last_arrival_s, self._value("timeout_s")
+        if silent_s >= timeout_s and not self._silent and self._worker is not None:
+            self._silent = True
+            self._worker.lose(f"no image for {timeout_s:g} s")
+        if silent_s >= SILENCE_WARNING_S and self._is_news("silence"):
+            self.get_logger().warning(f"no image on {self._image_topic} for {silent_s:.0f} s: {self._offers()}")
 
     def _publish_diagnostics(self) -> None:
         if self._worker is not None and "diagnostics" in self._outputs:
@@ -382,14 +435,24 @@ class TrackerNode(LifecycleNode):
     def _value(self, name: str) -> Any:
         return self.get_parameter(name).value
 
-    def _steady_clock(self) -> Any:
-        """Timers must fire while simulated time stands still."""
-        return rclpy.clock.Clock(clock_type=rclpy.clock.ClockType.STEADY_TIME)
+    def _on_worker_error(self, error: Exception) -> None:
+        if self.context.ok():  # after a shutdown nothing can be published, and nobody needs to hear it
+            self._warn(f"while tracking: {type(error).__name__}: {error}")
 
-    def _warn_once(self, cause: str, text: str) -> None:
-        if cause not in self._logged:
-            self._logged.add(cause)
+    def _warn(self, text: str, cause: str = "") -> None:
+        """Log a warning once for as long as its cause goes on; its cause is its text, numbers and names aside."""
+        if self._is_news(cause or re.sub(r"'[^']*'|\d+", "#", text)):
             self.get_logger().warning(text)
+
+    def _is_news(self, cause: str) -> bool:
+        """Whether a cause of warnings is new, or comes back after it was quiet for a while. Any thread may ask."""
+        now = time.monotonic()
+        with self._warned_lock:
+            before = self._warned.pop(cause, -QUIET_S)
+            self._warned[cause] = now
+            if len(self._warned) > CAUSES_KEPT:
+                del self._warned[next(iter(self._warned))]
+        return now - before >= QUIET_S
 
     def _offers(self) -> str:
         """Who publishes images, and how."""
@@ -401,35 +464,50 @@ class TrackerNode(LifecycleNode):
         )
 
 
-def with_depth(profile: QoSProfile, depth: int) -> QoSProfile:
-    """A QoS profile with another depth."""
-    return QoSProfile(depth=depth, reliability=profile.reliability, durability=profile.durability)
+# Functions, since rclpy writes overrides into the profile it is given.
+def newest_frame_qos() -> QoSProfile:
+    """Sensor data, of which only the newest counts."""
+    return QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+
+
+def every_frame_qos() -> QoSProfile:
+    """Nothing is lost on the way; the publisher has to offer that."""
+    return QoSProfile(history=HistoryPolicy.KEEP_ALL, reliability=ReliabilityPolicy.RELIABLE)
+
+
+def latched_qos() -> QoSProfile:
+    """Who joins late gets the last message."""
+    return QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+
+
+def _steady_clock() -> Clock:
+    """Timers must fire while simulated time stands still."""
+    return Clock(clock_type=ClockType.STEADY_TIME)
 
 
 def _wanted(publisher: Any) -> bool:
     return bool(publisher.get_subscription_count())
 
 
-def _score(report: Report) -> float:
-    return report.track.score if report.track is not None else float("nan")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``ros2 run siamtrack tracker_node``."""
     rclpy.init(args=arguments)
-    node = TrackerNode()
+    node: TrackerNode | None = None
     try:
-        if node.get_parameter("autostart").value:
-            if node.trigger_configure() != TransitionCallbackReturn.SUCCESS:
-                return 1
+        node = TrackerNode()
+        if node.get_parameter("autostart").value and node.trigger_configure() == TransitionCallbackReturn.SUCCESS:
             node.trigger_activate()
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         executor.spin()
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
+    except ParameterException as error:  # a value given at start that cannot be
+        print(f"tracker_node: {error}", file=sys.stderr)
+        return 1
     finally:
-        node.destroy_node()
+        if node is not None:
+            node.destroy_node()
         rclpy.try_shutdown()
     return 0
 

@@ -9,6 +9,8 @@ import numpy as np
 
 FISHEYE_MODELS = ("equidistant", "fisheye")
 PINHOLE_MODELS = ("", "plumb_bob", "rational_polynomial", "thin_prism")
+PINHOLE_COEFFICIENTS = (0, 4, 5, 8, 12, 14)  # what OpenCV takes
+ASPECT_TOLERANCE = 0.02  # halving odd sizes rounds
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Camera:
         if self.model not in (*PINHOLE_MODELS, *FISHEYE_MODELS):
             known = ", ".join((*PINHOLE_MODELS[1:], *FISHEYE_MODELS))
             raise ValueError(f"unknown distortion model {self.model!r}; known: {known}")
+        if self.width < 1 or self.height < 1:
+            raise ValueError(f"camera is not calibrated: image size is given as {self.width}x{self.height}")
+        allowed = range(5) if self.model in FISHEYE_MODELS else PINHOLE_COEFFICIENTS
+        if len(self.d) not in allowed or not np.isfinite(self.d).all():
+            counts = ", ".join(map(str, allowed))
+            raise ValueError(f"{self.model} distortion must be {counts} finite numbers, got {self.d}")
 
     def bearing(self, x: float, y: float, width: int, height: int) -> tuple[float, float, float]:
         """Unit vector to an image point in the camera's optical frame (x right, y down, z forward).
@@ -44,14 +52,19 @@ class Camera:
             y: likewise.
             width: width of the image the point is in; a scaled image of the same camera is allowed for.
             height: likewise.
+
+        Raises:
+            ValueError: the image has another aspect than the calibration, so it is no scaled image of that camera.
         """
+        if abs(width * self.height / (height * self.width) - 1) > ASPECT_TOLERANCE:
+            raise ValueError(f"image is {width}x{height}, but the camera was calibrated at {self.width}x{self.height}")
         # Calibrations count pixel centres from 0: half a pixel less than continuous coordinates.
         u = x * self.width / width - 0.5
         v = y * self.height / height - 0.5
         matrix, point = np.reshape(self.k, (3, 3)), np.array([[[u, v]]], np.float64)
         if self.model in FISHEYE_MODELS:
             coefficients = np.zeros(4)
-            coefficients[: min(len(self.d), 4)] = self.d[:4]
+            coefficients[: len(self.d)] = self.d
             undistorted = cv2.fisheye.undistortPoints(point, matrix, coefficients)
         else:
             undistorted = cv2.undistortPoints(point, matrix, np.asarray(self.d, np.float64) if self.d else None)

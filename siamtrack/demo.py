@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import cv2
 import numpy as np
@@ -14,13 +18,108 @@ from tqdm import tqdm
 from siamtrack.boxes import iou_xywh
 from siamtrack.crop import Image
 from siamtrack.drawing import VideoWriter, contact_sheet, draw_track
-from siamtrack.scene import Scene
+from siamtrack.scene import Scene, SceneFrame
 from siamtrack.state import State
-from siamtrack.tracker import SiamTracker
+from siamtrack.tracker import Box, SiamTracker
 
 SHEET_TILES = 12
-TRUTH_HEADER = ("truth_x", "truth_y", "truth_w", "truth_h", "iou")
+CSV_HEADER = ("frame", "x", "y", "w", "h", "score", "state", "truth_x", "truth_y", "truth_w", "truth_h", "iou")
 HIDDEN_BELOW = 0.3  # a target of which less is visible counts as hidden
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out for one frame.
+
+    Attributes:
+        box_xywh: the box given; None for none.
+        score: its confidence; NaN where it is not known.
+        state: of the target.
+        seconds: what the frame took.
+    """
+
+    box_xywh: Box | None
+    score: float
+    state: State
+    seconds: float
+
+
+class DemoFiles:
+    """Writes ``demo.mp4``, ``demo.png``, ``demo.csv`` and ``demo.txt``; a context manager.
+
+    Args:
+        out: folder for them; made when missing.
+        scene: the clip that is followed; its frame rate and length count.
+    """
+
+    def __init__(self, out: Path, scene: Scene) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.out = out
+        self._stack = ExitStack()
+        self._video = self._stack.enter_context(VideoWriter(out / "demo.mp4", scene.fps))
+        self._rows = csv.writer(self._stack.enter_context((out / "demo.csv").open("w", newline="")))
+        self._rows.writerow(CSV_HEADER)
+        count = len(scene)
+        self._wanted = {round(i) for i in np.linspace(0, count - 1, min(SHEET_TILES, count))}
+        self._tiles: list[tuple[Image, str]] = []
+        self._outcomes: list[tuple[Outcome, float, float]] = []
+
+    def add(self, index: int, frame: SceneFrame, outcome: Outcome, fresh: bool = True) -> None:
+        """Score and draw a frame.
+
+        Args:
+            index: of the frame in the scene.
+            frame: picture and truth.
+            outcome: what is known of the target; a missing box overlaps nothing.
+            fresh: False for a frame that nobody tracked: `outcome` is then the last one before, which is drawn but
+                neither scored nor listed.
+        """
+        box = outcome.box_xywh
+        iou = float(iou_xywh(box, frame.box_xywh)) if box is not None else 0.0
+        if fresh:
+            self._outcomes.append((outcome, iou, frame.visible))
+            columns = [f"{v:.2f}" for v in box] if box is not None else [""] * 4
+            truth = [f"{v:.2f}" for v in frame.box_xywh]
+            self._rows.writerow((index, *columns, f"{outcome.score:.4f}", outcome.state, *truth, f"{iou:.3f}"))
+        drawn = draw_track(frame.image, box, str(outcome.state), outcome.score, truth_xywh=frame.box_xywh)
+        self._video.write(drawn)
+        if index in self._wanted:
+            said = f"IoU {iou:.2f}" if fresh else "not tracked"
+            self._tiles.append((drawn, f"frame {index}   {said}   {frame.visible:.0%} visible"))
+
+    def finish(self, timing: str, percentiles: Sequence[int], heading: str = "") -> str:
+        """Write sheet and table; the frame that the target was given on does not count.
+
+        Args:
+            timing: what `Outcome.seconds` measures.
+            percentiles: of it, to be listed.
+            heading: first line of the table; "" for none.
+
+        Returns:
+            The table, and where everything is.
+        """
+        if self._tiles:
+            images, captions = [image for image, _ in self._tiles], [caption for _, caption in self._tiles]
+            cv2.imwrite(str(self.out / "demo.png"), contact_sheet(images, captions))
+        counted = self._outcomes[1:]
+        lines = [heading] if heading else []
+        if counted:
+            ious, visible = np.array([(i, v) for _, i, v in counted]).T
+            lines += _table([o.state for o, _, _ in counted], ious, visible)
+            times_ms = np.percentile([o.seconds * 1e3 for o, _, _ in counted], percentiles)
+            shares = ", ".join(f"p{p} {ms:.2f} ms" for p, ms in zip(percentiles, times_ms, strict=True))
+            lines.append(f"{timing}: {shares}")
+        table = "\n".join(lines)
+        (self.out / "demo.txt").write_text(table + "\n")
+        return f"{table}\nvideo, contact sheet, boxes and this table: {self.out}/demo.mp4 demo.png demo.csv demo.txt"
+
+    def __enter__(self) -> DemoFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
 
 
 def run_demo(tracker: SiamTracker, scene: Scene, out: Path) -> str:
@@ -29,52 +128,28 @@ def run_demo(tracker: SiamTracker, scene: Scene, out: Path) -> str:
     Args:
         tracker: any model.
         scene: what to render.
-        out: folder for ``demo.mp4``, ``demo.png``, ``demo.csv`` and ``demo.txt``; made when missing.
+        out: folder for the files, see `DemoFiles`.
 
     Returns:
         The table, as written to ``demo.txt``.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    count = len(scene)
-    ious, visible, seconds = np.zeros(count), np.zeros(count), np.zeros(count)
-    states: list[State] = []
-    tiles: dict[int, Image] = {}
-    wanted = {round(i) for i in np.linspace(0, count - 1, min(SHEET_TILES, count))}
-    with VideoWriter(out / "demo.mp4", scene.fps) as video, (out / "demo.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(("frame", "x", "y", "w", "h", "score", "state", *TRUTH_HEADER))
+    with DemoFiles(out, scene) as files:
         for index, frame in enumerate(tqdm(scene, unit="frame", disable=None)):
             began = time.perf_counter()
             track = tracker.init(frame.image, frame.box_xywh) if index == 0 else tracker.update(frame.image)
-            seconds[index] = time.perf_counter() - began
-            ious[index], visible[index] = iou_xywh(track.box_xywh, frame.box_xywh), frame.visible
-            states.append(track.state)
-            boxes = [f"{v:.2f}" for v in (*track.box_xywh, *frame.box_xywh)]
-            row = (index, *boxes[:4], f"{track.score:.4f}", track.state, *boxes[4:], f"{ious[index]:.3f}")
-            rows.writerow(row)
-            drawn = draw_track(frame.image, track.box_xywh, str(track.state), track.score, truth_xywh=frame.box_xywh)
-            video.write(drawn)
-            if index in wanted:
-                tiles[index] = drawn
-    captions = [f"frame {i}   IoU {ious[i]:.2f}   {visible[i]:.0%} visible" for i in tiles]
-    cv2.imwrite(str(out / "demo.png"), contact_sheet(list(tiles.values()), captions))
-    table = _table(ious[1:], visible[1:], seconds[1:], states[1:])
-    (out / "demo.txt").write_text(table + "\n")
-    return f"{table}\nvideo, contact sheet, boxes and this table: {out}/demo.mp4 demo.png demo.csv demo.txt"
+            seconds = time.perf_counter() - began
+            files.add(index, frame, Outcome(track.box_xywh, track.score, track.state, seconds))
+        return files.finish("update", (50, 95))
 
 
-def _table(
-    ious: NDArray[np.float64], visible: NDArray[np.float64], seconds: NDArray[np.float64], states: list[State]
-) -> str:
+def _table(states: Sequence[State], ious: NDArray[np.float64], visible: NDArray[np.float64]) -> list[str]:
     seen = visible >= HIDDEN_BELOW
     reported = (State.TRACKING, State.UNCERTAIN, State.LOST)
     lines = [f"{'target':<10}{'frames':>8}{'mean IoU':>10}{'IoU>0.5':>9}" + "".join(f"{s:>11}" for s in reported)]
     for name, chosen in (("visible", seen), ("hidden", ~seen), ("all", np.ones_like(seen))):
         if not chosen.any():
             continue
-        shares = [np.mean([states[i] is s for i in np.flatnonzero(chosen)]) for s in reported]
+        shares = [np.mean([state is s for state, c in zip(states, chosen, strict=True) if c]) for s in reported]
         row = f"{name:<10}{chosen.sum():>8}{ious[chosen].mean():>10.3f}{(ious[chosen] > 0.5).mean():>9.1%}"
         lines.append(row + "".join(f"{share:>11.1%}" for share in shares))
-    p50, p95 = np.percentile(seconds * 1e3, [50, 95])
-    lines.append(f"update: p50 {p50:.2f} ms, p95 {p95:.2f} ms")
-    return "\n".join(lines)
+    return lines

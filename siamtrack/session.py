@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from siamtrack.crop import Image
@@ -64,6 +64,7 @@ class Report:
         reason: why the state is what it is, where a score does not explain it; "" otherwise.
         target_id: of the target.
         warning: something the user should know, to be logged; "" for nothing.
+        image: the frame's picture; None where it was not needed, or does not decode.
     """
 
     frame: Frame | None
@@ -72,10 +73,13 @@ class Report:
     reason: str = ""
     target_id: str = ""
     warning: str = ""
+    image: Image | None = None
 
 
 class FrameRing:
     """The last frames, for boxes that were drawn on a frame of the past. Safe to use from two threads.
+
+    Frames without a stamp are not kept: no box can be meant for one.
 
     Args:
         span_s: how far back, by frame stamps.
@@ -92,8 +96,10 @@ class FrameRing:
 
     def append(self, frame: Frame) -> bool:
         """Add a frame; returns True when time jumped back (a bag looped), which empties the ring first."""
+        if frame.stamp_ns <= 0:
+            return False
         with self._lock:
-            jumped = bool(self._frames) and 0 < frame.stamp_ns < self._frames[-1].stamp_ns - self.JUMP_NS
+            jumped = bool(self._frames) and frame.stamp_ns < self._frames[-1].stamp_ns - self.JUMP_NS
             if jumped:
                 self._drop_all()
             self._frames.append(frame)
@@ -144,6 +150,8 @@ class Session:
         self._pending: InitRequest | None = None
         self._target_id = ""
         self._reason = ""
+        self._last_ns = 0  # stamp of the last frame handled
+        self._behind = 0  # frames passed while fast-forwarding; 0 once the target is followed live
 
     @property
     def waiting(self) -> bool:
@@ -157,7 +165,7 @@ class Session:
     def reset(self, reason: str = "") -> Report:
         """Forget the target and any waiting box."""
         self.tracker.reset()
-        self._pending, self._target_id, self._reason = None, "", reason
+        self._pending, self._target_id, self._reason, self._behind = None, "", reason, 0
         return Report(None, None, State.IDLE, reason)
 
     def lose(self, reason: str) -> Report | None:
@@ -173,43 +181,86 @@ class Session:
 
         Never raises for a frame or a box that cannot be used: the report's warning says what was wrong.
         """
-        if self._pending is not None and self._pending.stamp_ns <= max(frame.stamp_ns, 0):
-            return self._start(self._pending, frame)
+        stamp_ns, last_ns = frame.stamp_ns, self._last_ns
+        if stamp_ns > 0:
+            self._last_ns = stamp_ns
+            if stamp_ns < last_ns - FrameRing.JUMP_NS:
+                return self._jump_back(frame)
+        missed = self._missed(last_ns, stamp_ns)
+        init = self._pending
+        if init is not None and (stamp_ns <= 0 or init.stamp_ns <= stamp_ns):
+            return self._start(init, frame)
         if self.tracker.state is State.IDLE:
-            return Report(frame, None, State.IDLE, self._reason)
-        return self._follow([frame], frame)
+            report = Report(frame, None, State.IDLE, self._reason)
+        else:
+            report = self._follow([*missed, frame], frame)
+        if init is not None and init.stamp_ns > stamp_ns + FrameRing.JUMP_NS:
+            ahead_s = (init.stamp_ns - stamp_ns) / 1e9
+            report = replace(report, warning=f"the box's stamp is {ahead_s:.2f} s ahead of the frames: it waits")
+        return report
+
+    def _jump_back(self, frame: Frame) -> Report:
+        """The stream starts over (a bag loops): what was known of the target is of another time."""
+        self._behind = 0
+        self.lose("time jumped back")
+        init, warning = self._pending, ""
+        if init is not None and init.stamp_ns <= frame.stamp_ns:
+            return self._start(init, frame)
+        if init is not None and init.stamp_ns > frame.stamp_ns + FrameRing.JUMP_NS:
+            self._pending, warning = None, "time jumped back: the box that waited for its frame is dropped"
+        return Report(frame, None, self.tracker.state, self._reason, self._target_id, warning)
+
+    def _missed(self, last_ns: int, stamp_ns: int) -> list[Frame]:
+        """Frames that came while a fast-forward ran. They are made up for as long as they get fewer each time."""
+        if not self._behind:
+            return []
+        missed = [f for f in self.ring.since(last_ns + 1)[0] if f.stamp_ns < stamp_ns]
+        self._behind = len(missed) if len(missed) < self._behind else 0
+        return missed if self._behind else []
 
     def _start(self, init: InitRequest, frame: Frame) -> Report:
         self._pending = None
-        frames, warning = self.ring.since(init.stamp_ns) if init.stamp_ns else ([frame], "")
-        # The ring may already hold frames newer than this one, whose turn is still to come.
-        frames = [f for f in frames if f.stamp_ns <= frame.stamp_ns] or [frame]
+        frames, warning = [frame], ""
+        if init.stamp_ns > 0 and frame.stamp_ns > 0:
+            buffered, warning = self.ring.since(init.stamp_ns)
+            # The ring may already hold frames newer than this one, whose turn is still to come.
+            frames = [f for f in buffered if f.stamp_ns <= frame.stamp_ns] or [frame]
+        elif init.stamp_ns > 0:
+            warning = "frames have no stamps: starting on the newest one"
         try:
-            track = self.tracker.init(frames[0].bgr(), init.box_xywh)
+            image = frames[0].bgr()
+            track = self.tracker.init(image, init.box_xywh)
         except ValueError as error:
-            kept = "; still following the previous target" if self.tracker.state is not State.IDLE else ""
-            report = self._follow([frame], frame) if kept else Report(frame, None, State.IDLE, self._reason)
-            return Report(frame, report.track, report.state, report.reason, report.target_id, f"{error}{kept}")
-        self._target_id, self._reason = init.target_id, ""
-        if frames[-1] is frames[0]:
-            return Report(frame, track, track.state, "", self._target_id, warning)
+            idle = self.tracker.state is State.IDLE
+            report = Report(frame, None, State.IDLE, self._reason) if idle else self._follow([frame], frame)
+            kept = "" if idle else "; still following the previous target"
+            return replace(report, warning=f"box refused: {error}{kept}")
+        self._target_id, self._reason, self._behind = init.target_id, "", len(frames) - 1
+        if len(frames) == 1:
+            return Report(frame, track, track.state, "", self._target_id, warning, image)
         report = self._follow(frames[1:], frame)
-        return Report(frame, report.track, report.state, report.reason, self._target_id, report.warning or warning)
+        return replace(report, warning=report.warning or warning)
 
     def _follow(self, frames: Sequence[Frame], frame: Frame) -> Report:
+        """Through all `frames`, the last of which is `frame`; one bad frame is no reason to give the target up."""
         track: Track | None = None
+        image: Image | None = None
+        warning = ""
         for step in frames:
+            track = image = None
             try:
                 image = step.bgr()
-            except ValueError as error:  # one bad frame is no reason to give the target up
-                return Report(frame, None, self.tracker.state, self._reason, self._target_id, str(error))
+            except ValueError as error:
+                warning = str(error)
+                continue
             try:
                 track = self.tracker.update(image)
             except ValueError as error:
-                return Report(frame, None, State.IDLE, self.reset(str(error)).reason, "", str(error))
-        assert track is not None
-        if track.state is not State.LOST:
+                self.reset(str(error))
+                return Report(frame, None, State.IDLE, self._reason, "", str(error))
+        state = self.tracker.state
+        if track is not None and state is not State.LOST:
             self._reason = ""
-        elif not self._reason:
+        elif state is State.LOST and not self._reason:
             self._reason = "target not seen"
-        return Report(frame, track, track.state, self._reason, self._target_id)
+        return Report(frame, track, state, self._reason, self._target_id, warning, image)

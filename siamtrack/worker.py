@@ -72,25 +72,33 @@ class Worker:
         """Finish the frame in hand, close the tracker on its thread, and end; safe to call twice."""
         with self._changed:
             self._stopping = True
+            self._frames.clear()
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def submit(self, frame: Frame) -> bool:
-        """Hand over a frame; returns True when its stamp shows that time jumped back."""
-        jumped = self.ring.append(frame)
+        """Hand over a frame; returns True when its stamp shows that time jumped back. Does nothing once stopped."""
         with self._changed:
-            self.received += 1
-            if jumped:
-                self._frames.clear()
             if self._every:
                 self._changed.wait_for(lambda: len(self._frames) < self._limit or self._stopping)
-            while len(self._frames) >= self._limit and not self._stopping:
+            if self._stopping:
+                return False
+            jumped = self.ring.append(frame)
+            self.received += 1
+            while len(self._frames) >= self._limit:
                 self._frames.popleft()
                 self.dropped += 1
             self._frames.append(frame)
             self._changed.notify_all()
         return jumped
+
+    def clear(self) -> None:
+        """Drop the frames that wait and those that are buffered."""
+        with self._changed:
+            self._frames.clear()
+            self.ring.clear()
+            self._changed.notify_all()
 
     def request(self, init: InitRequest) -> None:
         """Start on a box, from the next frame on or on the buffered frame it is stamped with."""
@@ -133,7 +141,11 @@ class Worker:
     def _run(self) -> None:
         try:
             tracker = self._open_tracker()
-            _warm_up(tracker)
+            try:
+                _warm_up(tracker)
+            except BaseException:
+                tracker.close()
+                raise
         except Exception as error:  # handed to start()
             self._failure = error
             self._opened.set()

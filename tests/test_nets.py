@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +32,15 @@ from siamtrack.nets.decode import (
     target_probability,
 )
 from siamtrack.nets.siamcan import SiamCAN, SiamCANConfig, SiamCANEdge, SiamCANEdgeConfig
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On shared cores threads mostly wait for each other: fifty times slower beside another job."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -182,10 +192,15 @@ def one_channel_copy(net: ResNet50Dilated) -> nn.Module:
     return copied
 
 
-@pytest.mark.parametrize("level", [0, 1, 2], ids=["layer2", "layer3", "layer4"])
+@pytest.mark.parametrize(
+    # Pixels seen by hand: 35 after layer1, then 2 x stride x dilation more for every 3x3.
+    ("level", "reach"),
+    [(0, 35 + 8 + 3 * 16), (1, 91 + 16 + 5 * 32), (2, 267 + 32 + 2 * 64)],
+    ids=["layer2", "layer3", "layer4"],
+)
 @pytest.mark.parametrize("cell", [(31, 31), (28, 33)], ids=str)
 def test_stride_8_cell_is_centred_on_pixel_7_plus_8k(
-    resnet: ResNet50Dilated, level: int, cell: tuple[int, int]
+    resnet: ResNet50Dilated, level: int, reach: int, cell: tuple[int, int]
 ) -> None:
     # 511 pixels: the layer4 cells in the middle then see no border, which would pull their centroid inwards.
     image = torch.zeros(1, 1, 511, 511, requires_grad=True)
@@ -199,6 +214,7 @@ def test_stride_8_cell_is_centred_on_pixel_7_plus_8k(
         touched = weight.nonzero()[:, 0]
         centroid = float((weight * torch.arange(511)).sum() / weight.sum())
         assert (int(touched[0]) + int(touched[-1])) / 2 == 7 + 8 * k
+        assert int(touched[-1]) - int(touched[0]) + 1 == reach
         assert centroid == pytest.approx(7 + 8 * k, abs=0.01)
 
 

@@ -190,13 +190,15 @@ class PairDataModule(L.LightningDataModule):
             return []
         assert self.trainer is not None
         dataset = self._dataset(self._validation, 0, self.recipe.validation_pairs)
-        return self._loader(dataset, EpochSampler(len(dataset), self.trainer.global_rank, self.trainer.world_size))
+        # As a list: the trainer would move a sampler on to new pairs every epoch, and scores could not be compared.
+        indices = list(EpochSampler(len(dataset), self.trainer.global_rank, self.trainer.world_size))
+        return self._loader(dataset, indices)
 
     def _dataset(self, sampler: PairSampler, seed: int, length: int) -> PairDataset:
         points = cast(Any, MODELS[self.recipe.model]).grid.points().numpy()
         return PairDataset(sampler, points, self.recipe.data.labels, seed, length)
 
-    def _loader(self, dataset: PairDataset, sampler: EpochSampler) -> DataLoader[Any]:
+    def _loader(self, dataset: PairDataset, sampler: EpochSampler | list[int]) -> DataLoader[Any]:
         assert self.trainer is not None
         workers = self.recipe.data.workers
         return DataLoader(

@@ -11,7 +11,6 @@ import ctypes
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import cv2
 import lightning as L
@@ -58,8 +57,10 @@ def train(recipe: Recipe, data_root: Path, out: Path, devices: int = 1, resume: 
     if recipe.optim.ema:
         warmup = recipe.optim.warmup_epochs * recipe.pairs_per_epoch / recipe.batch_size
         callbacks.append(EMAWeightAveraging(decay=recipe.optim.ema, update_starting_at_step=int(warmup)))
-    best: dict[str, Any] = {"monitor": "val/iou", "mode": "max", "filename": "best"} if validates else {}
-    callbacks.append(ModelCheckpoint(out, save_last=True, save_top_k=1, enable_version_counter=False, **best))
+    if validates:
+        callbacks.append(ModelCheckpoint(out, "best", "val/iou", mode="max", enable_version_counter=False))
+    # A callback of its own: `save_last` of the one above would write only when the epoch is also the best.
+    callbacks.append(ModelCheckpoint(out, "last", enable_version_counter=False))
     trainer = L.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=devices,
