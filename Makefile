@@ -6,20 +6,45 @@ DATA ?= ../shared/data
 MODEL := siamcan-mobilenetv2
 VENV := .venv
 BENCH_VENV := .venv-bench
-PIP_INSTALL := -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt
+ROS_VENV := .venv-ros
+ROS_PIP_INSTALL := -m pip --disable-pip-version-check --no-input install --quiet
+PIP_INSTALL := $(ROS_PIP_INSTALL) --constraint constraints.txt
 PACKAGING := setup.py setup.cfg constraints.txt
+
+# Where ROS comes from: an installation whose setup file is sourced, the wheels of the [ros] extra, or nowhere.
+ROS = $(shell $(PYTHON) -c 'import sys; from importlib.util import find_spec; print("sourced" if find_spec("rclpy") else \
+  "wheels" if sys.version_info[:2] == (3, 11) and sys.platform == "linux" else "none")')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint train-default bench clean
+.PHONY: help demo demo-sourced demo-wheels demo-none test test-sourced test-wheels test-none lint train-default bench \
+  clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
-demo: $(VENV)/.runtime  ## follow a target in a made-up sequence with the shipped model; results in demo/
+demo:  ## follow a target in a made-up clip, over ROS 2 topics where that can be had; results in demo/
+	@$(MAKE) --no-print-directory demo-$(ROS)
+
+demo-sourced: $(ROS_VENV)/.ready
+	$(ROS_VENV)/bin/python -m ros2_siamtrack.demo --out demo
+
+demo-wheels: $(VENV)/.ros
+	$(VENV)/bin/siamtrack-ros-demo --out demo
+
+demo-none: $(VENV)/.runtime
+	@echo "without ROS: none is sourced (source /opt/ros/DISTRO/setup.bash), and its wheels need CPython 3.11 on Linux"
 	$(VENV)/bin/siamtrack demo --out demo
 
-test: $(VENV)/.dev  ## run the tests
+test:  ## run the tests, those of the ROS nodes where ROS is sourced or the wheels fit
+	@$(MAKE) --no-print-directory test-$(ROS)
+
+# A sourced ROS is on PYTHONPATH, compiled for the system's own NumPy: it would break in the other environment.
+test-sourced: $(VENV)/.dev $(ROS_VENV)/.ready
+	env --unset PYTHONPATH $(VENV)/bin/python -m pytest --ignore tests/ros
+	$(ROS_VENV)/bin/python -m pytest tests/ros
+
+test-wheels test-none: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest
 
 lint: $(VENV)/.dev  ## ruff (rules and format) and mypy
@@ -41,7 +66,7 @@ bench: $(BENCH_VENV)/.ready  ## accuracy and speed beside OpenCV's own trackers;
 	$(BENCH_VENV)/bin/python -m benchmarks.latency
 
 clean:  ## remove the environments, builds, caches and demo/; runs/ stays
-	rm -rf $(VENV) $(BENCH_VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH_VENV) $(ROS_VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 %/bin/python:
@@ -52,9 +77,13 @@ $(VENV)/.runtime: $(PACKAGING) | $(VENV)/bin/python
 	$(VENV)/bin/python $(PIP_INSTALL) --editable .
 	touch $@
 
-$(VENV)/.dev: $(PACKAGING) | $(VENV)/bin/python
-	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[train,export,eval,test,dev]'
+$(VENV)/.ros: $(PACKAGING) | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[ros]'
 	touch $@ $(VENV)/.runtime
+
+$(VENV)/.dev: $(PACKAGING) | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[train,export,eval,ros,test,dev]'
+	touch $@ $(VENV)/.runtime $(VENV)/.ros
 
 # CSRT and KCF are in opencv-contrib-python. It fills the same cv2 folder as opencv-python, so this environment takes
 # one instead of the other: siamtrack without its requirements first, then those, read back and with that one replaced.
@@ -71,4 +100,13 @@ $(BENCH_VENV)/.ready: $(PACKAGING) | $(BENCH_VENV)/bin/python
 	$(BENCH_VENV)/bin/python $(PIP_INSTALL) --no-deps --editable .
 	$(BENCH_VENV)/bin/python -c "$$BENCH_REQUIREMENTS" > $(BENCH_VENV)/requirements.txt
 	$(BENCH_VENV)/bin/python $(PIP_INSTALL) --no-warn-conflicts --requirement $(BENCH_VENV)/requirements.txt
+	touch $@
+
+# Beside a sourced ROS: the system's packages count, and NumPy stays at 1.x, which Humble, Jazzy and Kilted are compiled
+# for; hence none of the pins, and the last OpenCV wheel that takes such a NumPy where the system has no OpenCV.
+$(ROS_VENV)/.ready: $(PACKAGING)
+	$(PYTHON) -m venv --system-site-packages $(ROS_VENV)
+	$(ROS_VENV)/bin/python -c "import cv2" 2>/dev/null || $(ROS_VENV)/bin/python $(ROS_PIP_INSTALL) 'opencv-python<4.12' 'numpy>=1.23,<2'
+	$(ROS_VENV)/bin/python $(ROS_PIP_INSTALL) 'numpy>=1.23,<2' 'onnxruntime>=1.17' 'pyyaml>=6' 'tqdm>=4.65' 'pytest>=8,<10'
+	$(ROS_VENV)/bin/python $(ROS_PIP_INSTALL) --no-deps --editable .
 	touch $@

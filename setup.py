@@ -88,12 +88,12 @@ setup(
         include=[f"{top}{sub}" for top in (NAME, "ros2_siamtrack", "model_export") for sub in ("", ".*")]
     ),
     # Engines lie one folder deeper and fit one GPU: they are not shipped.
-    package_data={NAME: ["py.typed", "models/*/*"]},
+    package_data={NAME: ["py.typed", "models/*/*"], "ros2_siamtrack": ["fastdds.xml"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
         (f"share/{NAME}", ["package.xml"]),
         (f"share/{NAME}/launch", sorted(glob("launch/*.launch.py"))),
-        (f"share/{NAME}/config", sorted(glob("configs/*.yaml"))),
+        (f"share/{NAME}/config", [*sorted(glob("configs/*.yaml")), "ros2_siamtrack/fastdds.xml"]),
     ],
     zip_safe=False,
     install_requires=["numpy>=1.23", "opencv-python>=4.8", "onnxruntime>=1.17", "pyyaml>=6", "tqdm>=4.65"],
@@ -102,6 +102,12 @@ setup(
         "console_scripts": [
             "siamtrack = siamtrack.cli:main",
             "siamtrack-export = model_export.cli:main",
+            "siamtrack-ros-demo = ros2_siamtrack.demo:main",
+            # Without a prefix: `ros2 run siamtrack tracker_node` says whose they are.
+            "tracker_node = ros2_siamtrack.tracker_node:main",
+            "clip_player = ros2_siamtrack.clip_player:main",
+            "select_target = ros2_siamtrack.select_target:main",
+            "record_boxes = ros2_siamtrack.record_boxes:main",
         ],
     },
 )

@@ -34,7 +34,7 @@ class Difference:
         template: of template tensors, relative to the largest value of each tensor.
         response: of raw confidence, absolute.
         box_px: of box coordinates, crop pixels, where both chose the same cell.
-        other_cell: crops on which they chose different cells whose ranks tie to within the tolerance.
+        other_cell: crops on which they chose different cells, whose scores differ by more than the tolerance.
     """
 
     crops: int

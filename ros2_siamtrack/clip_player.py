@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import array
 import math
+import os
 import queue
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
+import numpy as np
 import rclpy
-from geometry_msgs.msg import Point32, Polygon, PolygonStamped
+from geometry_msgs.msg import PolygonStamped
+from numpy.typing import NDArray
 from rclpy.clock import Clock, ClockType
 from rclpy.duration import Duration
 from rclpy.exceptions import ParameterException
@@ -23,7 +26,6 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.task import Future
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
-from std_msgs.msg import Header as HeaderMessage
 
 from ros2_siamtrack import messages
 from ros2_siamtrack.images import Header
@@ -211,12 +213,15 @@ class ClipPlayer(Node):
     def _publish(self, frame: ClipFrame) -> None:
         height, width = frame.image.shape[:2]
         compressed = self._value("transport") == "compressed"
-        payload = _jpeg(frame.image, self._value("jpeg_quality")) if compressed else _bytes(frame.image)
+        payload = (
+            _jpeg(frame.image, self._value("jpeg_quality")) if compressed else messages.as_uint8_array(frame.image)
+        )
         plain = self._header()
         if frame.first and not self._hand_over_box(frame, plain):
             plain = self._header()
+            self._timer.reset()  # or the next frames would make up for that time
         header = messages.header_message(plain)
-        self._infos.publish(camera_info_message(header, width, height, self._value("fov_deg")))
+        self._infos.publish(messages.camera_info_message(plain, width, height, self._value("fov_deg")))
         if compressed:
             message: Any = CompressedImage(header=header, format="jpeg")
         else:
@@ -224,7 +229,7 @@ class ClipPlayer(Node):
         message.data = payload
         self._images.publish(message)
         if self._truths is not None and frame.truth_xywh is not None:
-            self._truths.publish(truth_message(header, frame.truth_xywh, frame.visible))
+            self._truths.publish(messages.truth_message(plain, frame.truth_xywh, frame.visible))
             if self._detections is not None:
                 self._detections.publish(messages.detection_message(plain, frame.truth_xywh, frame.visible, TRUTH))
         self.published += 1
@@ -241,44 +246,26 @@ class ClipPlayer(Node):
         box = self._box or frame.truth_xywh
         if self._inits is None or box is None or self._inits.publish(box, header):
             return True
-        self._inits.wait(1.0)
+        self._inits.wait(0.3)
         time.sleep(0.05)  # what is received is not handled yet
         return False
 
 
-def truth_message(header: HeaderMessage, box_xywh: Box, visible: float) -> PolygonStamped:
-    """The box's four corners in continuous image pixels; z is how much of the target is to be seen, 0 to 1."""
-    x, y, w, h = box_xywh
-    corners = ((x, y), (x + w, y), (x + w, y + h), (x, y + h))
-    return PolygonStamped(header=header, polygon=Polygon(points=[Point32(x=u, y=v, z=visible) for u, v in corners]))
+def _jpeg(image: Pixels, quality: int) -> NDArray[np.uint8]:
+    encoded: NDArray[np.uint8] = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, quality))[1]
+    return encoded
 
 
-def camera_info_message(header: HeaderMessage, width: int, height: int, fov_deg: float) -> CameraInfo:
-    """A pinhole camera without distortion that looks straight ahead."""
-    focal_px = width / 2 / math.tan(math.radians(fov_deg) / 2)
-    # Calibrations count pixel centres from 0, so the image's middle is half a pixel before half its size.
-    centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
-    message = CameraInfo(header=header, width=width, height=height, distortion_model="plumb_bob", d=[0.0] * 5)
-    message.k = [focal_px, 0.0, centre_x, 0.0, focal_px, centre_y, 0.0, 0.0, 1.0]
-    message.r = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
-    message.p = [focal_px, 0.0, centre_x, 0.0, 0.0, focal_px, centre_y, 0.0, 0.0, 0.0, 1.0, 0.0]
-    return message
-
-
-def _bytes(image: Pixels) -> array.array[int]:
-    # rclpy takes an array as it is; it looks at bytes one by one in some distributions (seconds for a 4K frame).
-    data = array.array("B")
-    data.frombytes(image.tobytes() if not image.flags.c_contiguous else memoryview(image).cast("B"))
-    return data
-
-
-def _jpeg(image: Pixels, quality: int) -> array.array[int]:
-    _, encoded = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, quality))
-    return _bytes(encoded)
+def make_room_for_images() -> None:
+    """Before ROS starts: give Fast DDS enough shared memory for images, unless the user has said something else."""
+    names = ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE")  # up to Jazzy, from Kilted on
+    if not any(name in os.environ for name in names):
+        os.environ.update(dict.fromkeys(names, str(Path(__file__).with_name("fastdds.xml"))))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``ros2 run siamtrack clip_player``; returns 0 at the clip's end, 2 when it cannot be played."""
+    make_room_for_images()
     rclpy.init(args=arguments)
     node: ClipPlayer | None = None
     try:

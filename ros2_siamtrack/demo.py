@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from siamtrack.bundle import load_bundle
 from siamtrack.cli import demo_options
 from siamtrack.demo import DemoFiles, Outcome
 from siamtrack.scene import Scene
@@ -54,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)  # so that the nodes end with us, whatever ends us
     try:
-        scene = Scene(*options.size, options.frames, options.seed, options.rate)
+        width, height = options.size
+        scene = Scene(width, height, options.frames, options.seed, options.rate)
+        load_bundle(options.model)  # a node without its model waits for somebody to mend that; here nobody will
         options.out.mkdir(parents=True, exist_ok=True)
         play(scene, options)
         print(judge(scene, options.out))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
-from geometry_msgs.msg import Point, Vector3Stamped
+from geometry_msgs.msg import Point, Point32, Polygon, PolygonStamped, Vector3Stamped
 from numpy.typing import NDArray
 from sensor_msgs.msg import CameraInfo, Image, RegionOfInterest
 from std_msgs.msg import ColorRGBA
@@ -23,12 +23,13 @@ from siamtrack.state import State
 from siamtrack.tracker import Box
 
 try:
-    from vision_msgs.msg import Detection2D, ObjectHypothesisWithPose
+    from vision_msgs.msg import Detection2D as Detection2D
+    from vision_msgs.msg import ObjectHypothesisWithPose
 except ImportError:  # not on every machine; the node says so once
     Detection2D = ObjectHypothesisWithPose = None
 
 try:
-    from cv_bridge import CvBridge
+    from cv_bridge import CvBridge as CvBridge
 except ImportError:
     CvBridge = None
 
@@ -105,6 +106,29 @@ def box_from_detection(message: Any) -> tuple[Box | None, float]:
     return (centre.x - w / 2, centre.y - h / 2, w, h), float(message.results[0].hypothesis.score)
 
 
+def truth_message(header: Header, box_xywh: Box, visible: float) -> PolygonStamped:
+    """The box's four corners in continuous image pixels; z is how much of the target is to be seen, 0 to 1."""
+    x, y, w, h = box_xywh
+    corners = ((x, y), (x + w, y), (x + w, y + h), (x, y + h))
+    return PolygonStamped(
+        header=header_message(header), polygon=Polygon(points=[Point32(x=u, y=v, z=visible) for u, v in corners])
+    )
+
+
+def camera_info_message(header: Header, width: int, height: int, fov_deg: float) -> CameraInfo:
+    """A pinhole camera without distortion that looks straight ahead."""
+    focal_px = width / 2 / math.tan(math.radians(fov_deg) / 2)
+    # Calibrations count pixel centres from 0, so the image's middle is half a pixel before half its size.
+    centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
+    message = CameraInfo(
+        header=header_message(header), width=width, height=height, distortion_model="plumb_bob", d=[0.0] * 5
+    )
+    message.k = [focal_px, 0.0, centre_x, 0.0, focal_px, centre_y, 0.0, 0.0, 1.0]
+    message.r = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    message.p = [focal_px, 0.0, centre_x, 0.0, 0.0, focal_px, centre_y, 0.0, 0.0, 0.0, 1.0, 0.0]
+    return message
+
+
 def camera_from_info(info: CameraInfo) -> Camera:
     """The camera of a CameraInfo, with its region of interest; binning is a scaled image like any other.
 
@@ -137,7 +161,7 @@ def init_from_point(point: Point, size_px: float, stamp: Time | None = None) -> 
 def as_uint8_array(data: NDArray[np.uint8]) -> array.array[int]:
     """What a ``uint8[]`` field takes as it is; of anything else rclpy checks every single byte."""
     values = array.array("B")
-    values.frombytes(memoryview(np.ascontiguousarray(data)).cast("B"))
+    values.frombytes(np.ascontiguousarray(data).data.cast("B"))
     return values
 
 

@@ -25,7 +25,7 @@ from siamtrack.tracker import Box
 HEADER = ("stamp_ns", "frame_id", "x", "y", "w", "h", "score", "state", "received_ns")
 TRUTH_HEADER = ("truth_x", "truth_y", "truth_w", "truth_h", "visible")
 EVERY = QoSProfile(history=HistoryPolicy.KEEP_ALL, reliability=ReliabilityPolicy.RELIABLE)
-WAIT_ROWS = 30  # newer frames after which a row's missing parts are given up
+WAIT_ROWS = 300  # newer frames after which a row's missing parts are given up
 
 PARAMETERS = (
     Parameter("file", "boxes.csv", "what to write; the folder must be there"),

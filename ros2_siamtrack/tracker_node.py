@@ -146,6 +146,7 @@ class TrackerNode(LifecycleNode):
             self._worker.clear()
             self._worker.reset()
             self._worker.pause(False)
+            self._worker.settle()
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -171,7 +172,7 @@ class TrackerNode(LifecycleNode):
     def _fall_silent(self) -> None:
         """No report goes out from here on, and who joins late does not read the state of a target long gone."""
         with self._state_lock:
-            if self._active:
+            if self._active and self.context.ok():
                 self._publish_state(State.IDLE, "deactivated")
             self._active = False
 
@@ -363,7 +364,7 @@ class TrackerNode(LifecycleNode):
     @staticmethod
     def _tune(tracker: SiamTracker, values: dict[str, float]) -> None:
         own = tracker.runner.bundle.manifest.tracking
-        chosen = {n: getattr(own, n) if v == FROM_MODEL else v for n, v in values.items()}
+        chosen: dict[str, Any] = {n: getattr(own, n) if v == FROM_MODEL else v for n, v in values.items()}
         tracker.tracking = dataclasses.replace(tracker.tracking, **chosen)
 
     # ---- out --------------------------------------------------------------------------------------------------------

@@ -160,9 +160,9 @@ def natural_key(path: Path) -> tuple[list[tuple[int, int, str]], str]:
 
 
 def _open_folder(folder: Path) -> ImageSource:
-    paths = _images_in(folder)
+    paths = list_images(folder)
     if not paths and (folder / "img").is_dir():
-        paths = _images_in(folder / "img")
+        paths = list_images(folder / "img")
     if not paths:
         raise ValueError(f"no images in folder {folder}: looked for {_suffix_list()} there and in {folder / 'img'}")
     return ImageSource(paths, name=folder.resolve().name)
@@ -177,7 +177,8 @@ def _open_glob(pattern: str) -> ImageSource:
     return ImageSource(paths, name=paths[0].resolve().parent.name)
 
 
-def _images_in(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
+    """Image files of a folder in natural order; hidden files are left out."""
     return sorted((path for path in folder.iterdir() if _is_image(path)), key=natural_key)
 
 

@@ -133,6 +133,12 @@ class Worker:
 
         self._command(apply)
 
+    def settle(self, timeout_s: float = 5.0) -> bool:
+        """Wait until the frame in hand and all that was asked for before is done; False when it takes too long."""
+        done = threading.Event()
+        self._command(lambda session: done.set())
+        return done.wait(timeout_s)
+
     def _command(self, command: Callable[[Session], Report | None]) -> None:
         with self._changed:
             self._commands.append(command)

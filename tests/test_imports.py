@@ -125,6 +125,7 @@ def test_module_imports_nothing_above_it(name: str) -> None:
         ("model_export", ROS | {"ros2_siamtrack"}),
         ("evaluation", ROS | {"ros2_siamtrack", "training"}),
         ("benchmarks", ROS | {"ros2_siamtrack", "training"}),
+        ("ros2_siamtrack", TRAINING | {"training", "model_export", "evaluation"}),
     ],
 )
 def test_tools_import_nothing_above_them(folder: str, forbidden: set[str]) -> None:

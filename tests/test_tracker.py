@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType

@@ -18,8 +18,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from siamtrack.sources import list_images
+
 Box = tuple[float, float, float, float]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,11 @@ def read_video(folder: Path) -> list[Track]:
 
     if (folder / "tracks.csv").exists():
         rows: dict[str, list[tuple[int, Box]]] = defaultdict(list)
-        with (folder / "tracks.csv").open() as file:
-            for row in csv.DictReader(file):
-                frame = int(row["frame"]) - 1
-                if not 0 <= frame < len(images):
-                    raise ValueError(f"{folder}/tracks.csv names frame {frame + 1}, there are {len(images)} images")
-                rows[row["id"]].append((frame, _box(row)))
+        for row in _read_csv(folder / "tracks.csv", ("frame", "id", "x", "y", "w", "h")):
+            frame = int(row["frame"]) - 1
+            if not 0 <= frame < len(images):
+                raise ValueError(f"{folder}/tracks.csv names frame {frame + 1}, there are {len(images)} images")
+            rows[row["id"]].append((frame, _box(row)))
         return [
             Track(f"{folder.name}:{key}", tuple(sighting(i, b) for i, b in seen), tuple(i for i, _ in seen))
             for key, seen in ((key, sorted(value)) for key, value in rows.items())
@@ -123,18 +123,16 @@ def read_stills(folder: Path) -> list[Track]:
 
     The mask column is empty, a value in the label image ``mask/<stem>.png``, or polygons as JSON.
     """
-    csv.field_size_limit(1 << 24)  # polygon columns are long
     tracks = []
-    with (folder / "boxes.csv").open(newline="") as file:
-        for number, row in enumerate(csv.DictReader(file)):
-            image = folder / "img" / row["image"]
-            text = row.get("mask") or ""
-            mask = None
-            if text.startswith("["):
-                mask = Mask(polygons=tuple(tuple(p) for p in json.loads(text) if len(p) >= 6))
-            elif text:
-                mask = Mask(folder / "mask" / f"{image.stem}.png", int(float(text)))
-            tracks.append(Track(f"{folder.name}:{number}", (Sighting(image, _box(row), mask),), (0,)))
+    for number, row in enumerate(_read_csv(folder / "boxes.csv", ("image", "x", "y", "w", "h"))):
+        image = folder / "img" / row["image"]
+        text = row.get("mask") or ""
+        mask = None
+        if text.startswith("["):
+            mask = Mask(polygons=tuple(tuple(p) for p in json.loads(text) if len(p) >= 6))
+        elif text:
+            mask = Mask(folder / "mask" / f"{image.stem}.png", int(float(text)))
+        tracks.append(Track(f"{folder.name}:{number}", (Sighting(image, _box(row), mask),), (0,)))
     return tracks
 
 
@@ -156,19 +154,14 @@ def read_coco(annotations: Path, images: Path) -> list[Track]:
             continue
         outline = item.get("segmentation")
         polygons = tuple(tuple(p) for p in outline if len(p) >= 6) if isinstance(outline, list) else ()
+        if item["image_id"] not in files:
+            raise ValueError(
+                f"{annotations}: annotation {item['id']} names image {item['image_id']}, which is not listed"
+            )
         x, y, w, h = item["bbox"]
         sighting = Sighting(files[item["image_id"]], (x, y, w, h), Mask(polygons=polygons) if polygons else None)
         tracks.append(Track(f"{annotations.stem}:{item['id']}", (sighting,), (0,)))
     return tracks
-
-
-def list_images(folder: Path) -> list[Path]:
-    """Image files of a folder in natural order (``2.jpg`` before ``10.jpg``)."""
-
-    def key(path: Path) -> list[str | int]:
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
-
-    return sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES), key=key)
 
 
 def usable(tracks: Sequence[Track], min_side_px: float = 10.0) -> list[Track]:
@@ -183,6 +176,16 @@ def usable(tracks: Sequence[Track], min_side_px: float = 10.0) -> list[Track]:
         if pairs:
             kept.append(Track(track.name, tuple(s for s, _ in pairs), tuple(f for _, f in pairs)))
     return kept
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    csv.field_size_limit(1 << 24)  # polygon columns are long
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [c for c in columns if c not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path}: column {', '.join(missing)} missing, it has {reader.fieldnames}")
+        return list(reader)
 
 
 def _box(row: dict[str, str]) -> Box:

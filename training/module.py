@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from siamtrack.nets import MODELS
 from siamtrack.nets.backbones import MobileNetV2, ResNet50Dilated, load_mobilenetv2_imagenet, load_resnet50_imagenet
 from siamtrack.nets.decode import SearchGraph, TemplateGraph, decode_boxes, normalise
-from training.data import Track, list_images, read_coco, read_stills, read_video, usable
+from siamtrack.sources import list_images
+from training.data import Track, read_coco, read_stills, read_video, usable
 from training.images import ImageCache
 from training.losses import balanced_cross_entropy, diou_loss, focal_loss
 from training.pairs import EpochSampler, PairDataset, PairSampler, collate
@@ -43,8 +44,13 @@ class SiameseModule(L.LightningModule):
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.search_graph = SearchGraph(self.net)  # type: ignore[arg-type]
         self.template_graph = TemplateGraph(self.net)  # type: ignore[arg-type]
+        if not 0 <= self.recipe.unfreeze_stages <= len(self._stages()):
+            raise ValueError(
+                f"unfreeze_stages must be 0 to {len(self._stages())} for {self.recipe.model}, "
+                f"got {self.recipe.unfreeze_stages}"
+            )
         # Stages that never train must not be known to DistributedDataParallel.
-        for stage in self._stages()[: -self.recipe.unfreeze_stages or None]:
+        for stage in self._stages()[: len(self._stages()) - self.recipe.unfreeze_stages]:
             stage.requires_grad_(False)
 
     def _stages(self) -> list[nn.Module]:
@@ -207,7 +213,7 @@ class PairDataModule(L.LightningDataModule):
             sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
-            drop_last=True,
+            drop_last=isinstance(sampler, EpochSampler),  # BatchNorm wants full batches; validation every pair
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
         )

@@ -28,6 +28,8 @@ Rng = np.random.Generator
 CxCyWH = tuple[float, float, float, float]
 DEFAULT_MIX = {"video": 0.40, "still": 0.27, "cutout": 0.25, "region": 0.08}
 KINDS = tuple(DEFAULT_MIX)
+OBJECT_PX = 8  # an outlined object thinner than this is not worth lifting
+OBJECT_TRIES = 200
 Sample = dict[str, NDArray[Any]]
 
 
@@ -188,12 +190,12 @@ class PairSampler:
 
     def _draw_object(self, rng: Rng) -> Cutout:
         """A random outlined object."""
-        group = self._outlined[rng.choice(len(self._outlined), p=self._outlined_share)]
-        for _ in range(8):
+        for _ in range(OBJECT_TRIES):
+            group = self._outlined[rng.choice(len(self._outlined), p=self._outlined_share)]
             cutout = self._lift(group[int(rng.integers(len(group)))])
             if cutout is not None:
                 return cutout
-        return self._draw_object(rng)
+        raise ValueError(f"of {OBJECT_TRIES} outlined objects drawn none is {OBJECT_PX} px large inside its photo")
 
     def _lift(self, seen: Sighting) -> Cutout | None:
         if seen.mask is None:
@@ -202,12 +204,12 @@ class PairSampler:
         x, y, w, h = seen.box_xywh
         x0, y0 = max(int(x), 0), max(int(y), 0)
         x1, y1 = min(int(np.ceil(x + w)), image.shape[1]), min(int(np.ceil(y + h)), image.shape[0])
-        if x1 - x0 < 8 or y1 - y0 < 8:
+        if x1 - x0 < OBJECT_PX or y1 - y0 < OBJECT_PX:
             return None
         labels = None if seen.mask.path is None else self.images.labels(seen.mask.path)
         alpha = seen.mask.alpha(labels, (x0, y0, x1, y1))
         rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
-        if rows.size < 8 or columns.size < 8:
+        if rows.size < OBJECT_PX or columns.size < OBJECT_PX:
             return None
         tight = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         return Cutout(image[y0:y1, x0:x1][tight], alpha[tight])
@@ -267,7 +269,7 @@ class PairSampler:
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """How cells are labelled: `nearest` as in `siamcan_labels`; limits of 0 switch `sample` off."""
+    """How cells are labelled: `nearest` as in `siamcan_labels`, limits as in `sample`; two zeros keep all."""
 
     nearest: bool = False
     positives: int = 16

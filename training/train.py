@@ -43,6 +43,10 @@ def train(recipe: Recipe, data_root: Path, out: Path, devices: int = 1, resume: 
     """
     if recipe.batch_size % devices:
         raise ValueError(f"batch_size {recipe.batch_size} does not split evenly over {devices} devices")
+    last = out / "last.ckpt"
+    resuming = resume and last.exists()
+    if resuming:
+        check_same_recipe(recipe, last)
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(yaml.safe_dump(to_plain(recipe), sort_keys=False))
     L.seed_everything(recipe.seed, verbose=False)
@@ -76,10 +80,27 @@ def train(recipe: Recipe, data_root: Path, out: Path, devices: int = 1, resume: 
         logger=TensorBoardLogger(out, name="", version=""),
         default_root_dir=out,
     )
-    last = out / "last.ckpt"
-    resume_from = str(last) if resume and last.exists() else None
+    resume_from = str(last) if resuming else None
     trainer.fit(module, PairDataModule(recipe, data_root), ckpt_path=resume_from, weights_only=True)
     return last
+
+
+def check_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
+    """Refuse to go on with another recipe than the run was started with: the result would be neither.
+
+    Raises:
+        ValueError: a field differs; how data is loaded may.
+    """
+    before = torch.load(checkpoint, map_location="cpu", weights_only=True)["hyper_parameters"]["recipe"]
+    ours = to_plain(recipe)
+    for content in (before, ours):
+        content["data"] = {k: v for k, v in content["data"].items() if k not in ("workers", "cache_gb")}
+    changed = sorted(key for key in {*before, *ours} if before.get(key) != ours.get(key))
+    if changed:
+        raise ValueError(
+            f"{checkpoint} was started with another recipe (other: {', '.join(changed)}): "
+            "give another --out, or --fresh to start over"
+        )
 
 
 def all_devices() -> int:

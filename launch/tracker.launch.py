@@ -1,0 +1,66 @@
+"""Starts a tracker: ``ros2 launch siamtrack tracker.launch.py image:=/camera/image_raw``.
+
+Arguments left empty stay as the parameter file has them. The node configures and activates itself, so it is started as
+a plain node; with ``autostart:=false`` a lifecycle manager does that.
+"""
+
+from pathlib import Path
+
+from ament_index_python.packages import get_package_share_directory
+from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+from launch_ros.parameter_descriptions import ParameterValue
+
+from launch import LaunchContext, LaunchDescription
+
+RESPAWN_DELAY_S = 1.0
+
+
+def generate_launch_description() -> LaunchDescription:
+    params_file = str(Path(get_package_share_directory("siamtrack")) / "config" / "tracker.yaml")
+    truth = {"choices": ["true", "false"]}
+    unset_or_truth = {"choices": ["", "true", "false"]}
+    return LaunchDescription(
+        [
+            DeclareLaunchArgument("namespace", default_value="", description="of the node and its relative topics"),
+            DeclareLaunchArgument("image", default_value="image", description="image topic, without /compressed"),
+            DeclareLaunchArgument("camera_info", default_value="camera_info", description="calibration topic"),
+            DeclareLaunchArgument("model", default_value="", description="shipped model or bundle folder"),
+            DeclareLaunchArgument("backend", default_value="", description="what runs the model"),
+            DeclareLaunchArgument("params_file", default_value=params_file, description="parameters, YAML"),
+            DeclareLaunchArgument("use_sim_time", default_value="false", description="follow /clock", **truth),
+            DeclareLaunchArgument("autostart", default_value="", description="become active alone", **unset_or_truth),
+            DeclareLaunchArgument("respawn", default_value="false", description="start again when it ends", **truth),
+            DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal"),
+            OpaqueFunction(function=tracker),
+        ]
+    )
+
+
+def tracker(context: LaunchContext) -> list[Node]:
+    def value(name: str) -> str:
+        return LaunchConfiguration(name).perform(context)
+
+    chosen = {"use_sim_time": value("use_sim_time") == "true"}
+    # As text whatever it looks like: a model named 2026 is no number.
+    chosen |= {name: ParameterValue(value(name), value_type=str) for name in ("model", "backend") if value(name)}
+    if value("autostart"):
+        chosen["autostart"] = value("autostart") == "true"
+    return [
+        Node(
+            package="siamtrack",
+            executable="tracker_node",
+            namespace=value("namespace"),
+            parameters=[value("params_file"), chosen],
+            remappings=[
+                ("image", value("image")),
+                ("image/compressed", value("image") + "/compressed"),
+                ("camera_info", value("camera_info")),
+            ],
+            ros_arguments=["--log-level", value("log_level")],
+            respawn=value("respawn") == "true",
+            respawn_delay=RESPAWN_DELAY_S,
+            output="screen",
+        )
+    ]

@@ -1,0 +1,173 @@
+"""Every transition of the life cycle, what each holds and gives back, and many of them in a row."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ros2_siamtrack import tracker_node
+from siamtrack import Bundle
+from tests.ros.conftest import ListeningTracker, Parameter, Rig, until
+
+
+def go(rig: Rig, transition: str) -> str:
+    """Where a transition leads: its return code and the state after it."""
+    code = rig.spinner.call(getattr(rig.tracker, f"trigger_{transition}"))
+    return f"{str(code).rpartition('.')[2]} {rig.tracker._state_machine.current_state[1]}"
+
+
+def tracker_threads() -> list[str]:
+    return sorted(t.name for t in threading.enumerate() if t.name.startswith("siamtrack"))
+
+
+def test_every_transition(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(start=False)
+    node = rig.tracker
+    assert node._worker is None and tracker_threads() == []
+    assert go(rig, "configure") == "SUCCESS inactive"
+    assert tracker_threads() == ["siamtrack"] and not node._inputs
+    assert go(rig, "activate") == "SUCCESS active"
+    assert tracker_threads() == ["siamtrack", "siamtrack debug image"] and node._inputs
+    rig.follow(0, 1)
+    rig.state("TRACKING")
+    assert go(rig, "deactivate") == "SUCCESS inactive"
+    rig.state("IDLE")
+    assert tracker_threads() == ["siamtrack"] and not node._inputs and not node._held_timers
+    assert go(rig, "activate") == "SUCCESS active"
+    rig.show(2)  # the target was forgotten
+    rig.diagnosis(state="IDLE", frames_received="3")
+    rig.follow(3, 4)
+    rig.state("TRACKING")
+    assert go(rig, "deactivate") == "SUCCESS inactive"
+    assert go(rig, "cleanup") == "SUCCESS unconfigured"
+    assert tracker_threads() == [] and not node._outputs and not node._managed_entities
+    assert go(rig, "configure") == "SUCCESS inactive"
+    assert go(rig, "cleanup") == "SUCCESS unconfigured"
+    rig.start()
+    rig.follow(5, 6)
+    rig.state("TRACKING")
+    rig.diagnosis(frames_received="2")
+
+
+@pytest.mark.parametrize("transitions", [(), ("configure",), ("configure", "activate")])
+def test_shutdown_from_any_state(make_rig: Callable[..., Rig], transitions: tuple[str, ...]) -> None:
+    rig = make_rig(start=False)
+    for transition in transitions:
+        go(rig, transition)
+    assert go(rig, "shutdown") == "SUCCESS finalized"
+    assert tracker_threads() == [] and not rig.tracker._outputs
+
+
+def test_destruction_while_active(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig()
+    rig.follow(0, 1)
+    rig.close()
+    assert tracker_threads() == []
+
+
+@pytest.mark.parametrize(
+    ("parameters", "why"),
+    [
+        ({"model": "no_such_model"}, "no_such_model"),
+        ({"model": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"backend": "abacus"}, "backend must be one of"),
+        ({"image_transport": "telepathy"}, "image_transport must be one of raw, compressed, got 'telepathy'"),
+        ({"processing": "some"}, "processing must be one of newest, every"),
+    ],
+)
+def test_what_cannot_be_configured_is_told_and_the_node_lives(
+    make_rig: Callable[..., Rig], parameters: dict, why: str
+) -> None:
+    rig = make_rig(start=False, **parameters)
+    assert go(rig, "configure") == "FAILURE unconfigured"
+    assert [level for level, text in rig.tracker.log.lines if why in text] == ["error"]
+    assert tracker_threads() == [] and not rig.tracker._outputs
+    assert go(rig, "configure") == "FAILURE unconfigured"  # and can be asked again
+
+
+def test_a_damaged_model_is_told(make_rig: Callable[..., Rig], tmp_path: Path, default_bundle: Bundle) -> None:
+    for file in default_bundle.path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:-1] if file.suffix == ".onnx" else file.read_bytes())
+    rig = make_rig(start=False, model=str(tmp_path))
+    assert go(rig, "configure") == "FAILURE unconfigured"
+    assert rig.tracker.log.count("cannot configure") == 1
+
+
+@pytest.mark.parametrize(("topic", "state"), [("siamtrack/roi", "unconfigured"), ("image", "inactive")])
+def test_a_bad_qos_override_is_told(make_rig: Callable[..., Rig], topic: str, state: str) -> None:
+    kind = "subscription" if topic == "image" else "publisher"
+    override = {f"qos_overrides__/bad_{state}/{topic}__{kind}__reliability": "sometimes"}
+    rig = make_rig(start=False, namespace=f"/bad_{state}", **override)
+    assert go(rig, "configure") == ("SUCCESS inactive" if state == "inactive" else "FAILURE unconfigured")
+    if state == "inactive":
+        assert go(rig, "activate") == "FAILURE inactive"
+    assert rig.tracker.log.count("sometimes") == 1
+    assert not rig.tracker._inputs and "siamtrack debug image" not in tracker_threads()
+
+
+def test_an_error_in_a_transition_leads_back_to_the_start(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig()
+    rig.tracker._drop_inputs = lambda: 1 / 0
+    code = go(rig, "deactivate")
+    del rig.tracker._drop_inputs
+    assert code.startswith("ERROR")
+    if code.endswith("unconfigured"):
+        rig.start()
+
+
+@pytest.mark.parametrize("missing", [{"message_lost"}, {"message_lost", "incompatible_qos"}])
+def test_a_middleware_without_these_events_will_do(
+    make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, missing: set[str]
+) -> None:
+    real = tracker_node.SubscriptionEventCallbacks
+
+    def refuse(**events: object) -> object:
+        if missing & set(events):
+            raise tracker_node.UnsupportedEventTypeError("not here")
+        return real(**events)
+
+    monkeypatch.setattr(tracker_node, "SubscriptionEventCallbacks", refuse)
+    rig = make_rig()
+    rig.follow(0, 1)
+    rig.state("TRACKING")
+
+
+def test_it_imports_on_humble() -> None:
+    code = (
+        "import rclpy.lifecycle, rclpy.executors, rclpy.event_handler, sys\n"
+        "sys.modules['rclpy.qos_event'] = rclpy.event_handler\n"
+        "sys.modules['rclpy.event_handler'] = None\n"
+        "import ros2_siamtrack.tracker_node"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+
+def test_fifty_cycles_without_growth() -> None:
+    node = ListeningTracker(namespace="/cycles", parameter_overrides=[Parameter("threads", value=1)])
+
+    def cycle() -> tuple[int, int, float]:
+        for name in ("configure", "activate", "deactivate", "cleanup"):
+            assert str(getattr(node, f"trigger_{name}")()).endswith("SUCCESS")
+        gc.collect()
+        return threading.active_count(), len(list(Path("/proc/self/fd").iterdir())), resident_mb()
+
+    try:
+        figures = [cycle() for _ in range(50)]
+    finally:
+        node.destroy_node()
+    threads, files, memory = zip(*figures, strict=True)
+    assert threads[-1] == threads[0]
+    assert files[-1] <= files[2] + 2
+    assert memory[-1] < memory[9] + 40  # a leaked model would be 40 times its 10 MB or more
+    assert not node._managed_entities
+    until(lambda: tracker_threads() == [])
