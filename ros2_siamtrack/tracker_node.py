@@ -301,6 +301,7 @@ class TrackerNode(LifecycleNode):
             self._last_stamp_ns = frame.stamp_ns
         if worker.submit(frame):
             self._warn("time jumped back: buffered frames dropped")
+        self._last_arrival_s = time.monotonic()  # `every` may have held it up; that is no silence
 
     def _on_camera_info(self, info: CameraInfo) -> None:
         try:

@@ -10,6 +10,7 @@ import array
 import importlib.util
 import itertools
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -118,7 +119,7 @@ class Spinner:
 
     def __init__(self, *nodes: Node) -> None:
         self.nodes = nodes
-        self.executor = SingleThreadedExecutor()
+        self.executor = SingleThreadedExecutor(context=nodes[0].context)
         for node in nodes:
             self.executor.add_node(node)
         self._stop = threading.Event()
@@ -299,6 +300,7 @@ def _ros() -> Iterator[None]:
     rclpy.init()
     yield
     rclpy.try_shutdown()
+    shutil.rmtree(os.environ["ROS_LOG_DIR"], ignore_errors=True)
 
 
 _numbers = itertools.count(1)

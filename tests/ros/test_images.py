@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import struct
 
 import cv2
@@ -193,7 +194,7 @@ def test_a_stamp_before_1970() -> None:
 
 def test_truncated_anywhere() -> None:
     serialised = serialize_message(image_message(BGR, STAMP))
-    payload_end = len(serialised) - (len(serialised) - serialised.index(BGR.tobytes()) - BGR.nbytes)
+    payload_end = serialised.index(BGR.tobytes()) + BGR.nbytes
     for length in range(payload_end):
         with pytest.raises(MessageError):
             parse_image(serialised[:length], 1)
@@ -209,14 +210,10 @@ def test_garbage_is_refused_and_nothing_worse() -> None:
         broken = bytearray(serialised)
         for position in RNG.integers(0, header, 3):
             broken[position] = RNG.integers(0, 256)
-        try:
+        with contextlib.suppress(MessageError):
             parse_image(bytes(broken), 1).bgr()
-        except MessageError:
-            pass
-        try:
+        with contextlib.suppress(MessageError):
             parse_compressed_image(bytes(broken), 1).bgr()
-        except MessageError:
-            pass
 
 
 @pytest.mark.parametrize("start", [b"", b"\0", b"\0\1\0", b"\0\2\0\0", b"\0\3\0\0", b"\1\1\0\0", b"\0\7\0\0"])
@@ -269,7 +266,7 @@ def test_compressed_grey_and_16_bit_become_bgr() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"\0", b"garbage" * 50, b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
 def test_compressed_garbage(data: bytes) -> None:
-    with pytest.raises(MessageError, match="does not decode|cannot decode"):
+    with pytest.raises(MessageError, match=r"does not decode|cannot decode"):
         compressed(data).bgr()
 
 

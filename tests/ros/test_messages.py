@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,14 +65,29 @@ def test_overlay() -> None:
     assert (gone.action, list(gone.points), gone.id, gone.ns) == (ImageMarker.REMOVE, [], message.id, message.ns)
 
 
-@pytest.mark.skipif(messages.Detection2D is None, reason="vision_msgs is not installed")
-def test_detection() -> None:
+class Loose(SimpleNamespace):
+    """Stands in for a message of vision_msgs: has every field it is asked for."""
+
+    def __getattr__(self, name: str) -> Loose:
+        setattr(self, name, Loose())
+        return getattr(self, name)
+
+
+@pytest.mark.parametrize("kind", ["real", "stand-in"])
+def test_detection(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "stand-in":
+        for name in ("Detection2D", "ObjectHypothesisWithPose"):
+            monkeypatch.setattr(messages, name, Loose)
+        monkeypatch.setitem(globals(), "round_trip", lambda message: message)
+        monkeypatch.setattr(Loose, "results", [], raising=False)
+    elif messages.Detection2D is None:
+        pytest.skip("vision_msgs is not installed")
     message = round_trip(messages.detection_message(HEADER, (10.0, 20.0, 30.0, 40.0), 0.75, "rover"))
     assert (message.bbox.center.position.x, message.bbox.center.position.y) == (25.0, 40.0)
     assert (message.bbox.size_x, message.bbox.size_y, message.id) == (30.0, 40.0, "rover")
     assert message.results[0].hypothesis.score == 0.75
     assert not round_trip(messages.detection_message(HEADER, None, math.nan, "rover")).results
-    assert messages.init_from_detection(message).box_xywh == (10.0, 20.0, 30.0, 40.0)
+    assert messages.init_from_detection(message) == InitRequest((10.0, 20.0, 30.0, 40.0), 12 * 10**9 + 345, "rover")
 
 
 def test_camera_info() -> None:
