@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from siamtrack.crop import Window, context_size
+from siamtrack.crop import Window, context_size, mean_bgr
 
 Image = NDArray[np.uint8]
 Rng = np.random.Generator
@@ -76,6 +76,24 @@ def motion_blur(image: Image, length_px: int, angle: float) -> Image:
     start, end = np.round(middle - tip).astype(int), np.round(middle + tip).astype(int)
     cv2.line(kernel, (int(start[0]), int(start[1])), (int(end[0]), int(end[1])), 1.0)
     return np.asarray(cv2.filter2D(image, -1, kernel / kernel.sum()), np.uint8)
+
+
+def rotate(
+    image: Image, box_cxcywh: tuple[float, float, float, float], angle_deg: float
+) -> tuple[Image, tuple[float, float, float, float]]:
+    """Turn an image about a target's centre.
+
+    Returns:
+        The turned image, of the same shape and filled with its own mean colour, and the new box: that of the turned
+        ellipse inscribed in the old one. Real outlines fill their boxes about so; the turned rectangle's own bounding
+        box would be far too large.
+    """
+    cx, cy, w, h = box_cxcywh
+    matrix = cv2.getRotationMatrix2D((cx - 0.5, cy - 0.5), angle_deg, 1.0)
+    size = (image.shape[1], image.shape[0])
+    turned = cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR, borderValue=mean_bgr(image))
+    c, s = np.cos(np.radians(angle_deg)), np.sin(np.radians(angle_deg))
+    return np.asarray(turned, np.uint8), (cx, cy, float(np.hypot(w * c, h * s)), float(np.hypot(w * s, h * c)))
 
 
 @dataclass(frozen=True)

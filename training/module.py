@@ -179,10 +179,12 @@ class PairDataModule(L.LightningDataModule):
             raise ValueError(f"validation videos not found: {', '.join(sorted(absent))}")
         images = ImageCache(data.cache_gb)
         training = [t for t in videos if not is_held_out(t)]
-        self._training = PairSampler(training, usable(stills), photos, data.pairs, images)
-        clean = dataclasses.replace(data.pairs, mix={"video": 1.0}, distractor=0.0, occluder=0.0, negative=0.3)
+        self._training = PairSampler(training, usable(stills), photos, data.pairs, images, *self._sides())
+        clean = dataclasses.replace(
+            data.pairs, mix={"video": 1.0}, distractor=0.0, occluder=0.0, negative=0.3, rotation=0.0, flip=0.0
+        )
         validation = [t for t in videos if is_held_out(t)]
-        self._validation = PairSampler(validation, [], photos, clean, images) if validation else None
+        self._validation = PairSampler(validation, [], photos, clean, images, *self._sides()) if validation else None
 
     def train_dataloader(self) -> DataLoader[Any]:
         recipe, trainer = self.recipe, self.trainer
@@ -199,6 +201,10 @@ class PairDataModule(L.LightningDataModule):
         # As a list: the trainer would move a sampler on to new pairs every epoch, and scores could not be compared.
         indices = list(EpochSampler(len(dataset), self.trainer.global_rank, self.trainer.world_size))
         return self._loader(dataset, indices)
+
+    def _sides(self) -> tuple[int, int]:
+        net = cast(Any, MODELS[self.recipe.model])
+        return net.template_size, net.search_size
 
     def _dataset(self, sampler: PairSampler, seed: int, length: int) -> PairDataset:
         points = cast(Any, MODELS[self.recipe.model]).grid.points().numpy()

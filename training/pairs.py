@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 
 from siamtrack.boxes import xywh_to_cxcywh
 from siamtrack.crop import Window, context_size, crop, mean_bgr
-from training.augment import Cutout, Jitter, jittered_window, paste, photometric
+from training.augment import Cutout, Jitter, jittered_window, paste, photometric, rotate
 from training.data import Sighting, Track
 from training.images import ImageCache
 from training.labels import Labels, Points, sample, siamcan_labels
@@ -45,8 +45,9 @@ class PairConfig:
         occluder: chance of a foreign object pasted over part of it.
         template: window jitter of the template crop.
         search: window jitter of the search crop.
-        template_px: template crop side.
-        search_px: search crop side.
+        rotation: chance that the search crop is turned about the target.
+        rotation_deg: by how much at most.
+        flip: chance that the search crop is mirrored left to right: another side of the same thing.
     """
 
     mix: dict[str, float] = field(
@@ -58,8 +59,9 @@ class PairConfig:
     occluder: float = 0.12
     template: Jitter = Jitter(shift_px=4, scale=0.05, stretch=0.05)
     search: Jitter = Jitter(shift_px=64, scale=0.25, stretch=0.12)
-    template_px: int = 127
-    search_px: int = 255
+    rotation: float = 0.35
+    rotation_deg: float = 30.0
+    flip: float = 0.1
 
     def __post_init__(self) -> None:
         unknown = set(self.mix) - set(KINDS)
@@ -89,6 +91,8 @@ class PairSampler:
         photos: images without annotations, for backgrounds and regions.
         config: see `PairConfig`.
         images: where pixels come from.
+        template_px: template crop side.
+        search_px: search crop side.
     """
 
     def __init__(
@@ -98,8 +102,11 @@ class PairSampler:
         photos: Sequence[Path],
         config: PairConfig,
         images: ImageCache,
+        template_px: int = 127,
+        search_px: int = 255,
     ) -> None:
         self.config, self.images = config, images
+        self.template_px, self.search_px = template_px, search_px
         by_video: dict[str, list[Track]] = defaultdict(list)
         for track in videos:
             by_video[track.name.split(":")[0]].append(track)
@@ -136,6 +143,8 @@ class PairSampler:
         positive = rng.random() >= self.config.negative
         if not positive:
             _, search, box = self._draw_kind(self._draw_kind_name(rng), rng)
+        if rng.random() < self.config.flip:
+            search, box = np.ascontiguousarray(search[:, ::-1]), (self.search_px - box[0], *box[1:])
         if rng.random() < self.config.distractor:
             self._add_distractors(search, box, rng)
         if positive and rng.random() < self.config.occluder:
@@ -160,14 +169,16 @@ class PairSampler:
             seen = later = self._stills[int(rng.integers(len(self._stills)))]
         else:
             seen = later = self._draw_region(rng)
-        template, _ = self._view(seen, self.config.template_px, self.config.template, rng)
-        search, box = self._view(later, self.config.search_px, self.config.search, rng)
+        template, _ = self._view(seen, self.template_px, self.config.template, rng)
+        search, box = self._view(later, self.search_px, self.config.search, rng)
+        if rng.random() < self.config.rotation:
+            search, box = rotate(search, box, rng.uniform(-1, 1) * self.config.rotation_deg)
         return template, search, box
 
     def _view(self, seen: Sighting, size_px: int, jitter: Jitter, rng: Rng) -> tuple[NDArray[np.uint8], CxCyWH]:
         image = self.images.bgr(seen.image)
         cx, cy, w, h = xywh_to_cxcywh(seen.box_xywh).tolist()
-        window = jittered_window((cx, cy, w, h), self.config.template_px, size_px, jitter, rng)
+        window = jittered_window((cx, cy, w, h), self.template_px, size_px, jitter, rng)
         bx, by, bw, bh = window.to_crop((cx, cy, w, h), size_px).tolist()
         return crop(image, window, size_px, mean_bgr(image)), (bx, by, bw, bh)
 
@@ -186,7 +197,7 @@ class PairSampler:
         height, width = image.shape[:2]
         side = int(min(height, width) * rng.uniform(0.35, 1.0))
         left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
-        return crop(image, Window(left, top, side, side), self.config.search_px, (0, 0, 0))
+        return crop(image, Window(left, top, side, side), self.search_px, (0, 0, 0))
 
     def _draw_object(self, rng: Rng) -> Cutout:
         """A random outlined object."""
@@ -219,20 +230,20 @@ class PairSampler:
         config = self.config
         cutout = self._draw_object(rng)
         height, width = cutout.alpha.shape
-        scale = config.template_px / context_size(width, height)
+        scale = self.template_px / context_size(width, height)
         background = self._draw_background(rng)
-        margin = (config.search_px - config.template_px) // 2
+        margin = (self.search_px - self.template_px) // 2
         same_place = rng.random() < 0.6
         behind = background if same_place else self._draw_background(rng)
-        template = behind[margin : margin + config.template_px, margin : margin + config.template_px].copy()
-        middle = config.template_px / 2
+        template = behind[margin : margin + self.template_px, margin : margin + self.template_px].copy()
+        middle = self.template_px / 2
         if paste(template, cutout, (middle, middle), (width * scale, height * scale), 0) is None:
             return self._draw_cutout(rng)
         grow = scale * np.exp(rng.uniform(-config.search.scale, config.search.scale))
         stretch = np.exp(rng.uniform(-config.search.stretch, config.search.stretch))
         size = (width * grow * stretch, height * grow / stretch)
-        centre = config.search_px / 2 + rng.uniform(-config.search.shift_px, config.search.shift_px, 2)
-        angle = rng.uniform(-20, 20) if rng.random() < 0.5 else 0.0
+        centre = self.search_px / 2 + rng.uniform(-config.search.shift_px, config.search.shift_px, 2)
+        angle = rng.uniform(-1, 1) * config.rotation_deg if rng.random() < config.rotation else 0.0
         box = paste(background, cutout, (centre[0], centre[1]), size, angle)
         return (template, background, box) if box is not None else self._draw_cutout(rng)
 
@@ -243,7 +254,7 @@ class PairSampler:
         for _ in range(int(rng.integers(1, 3))):
             cutout = self._draw_object(rng)
             size = self._size_like(cutout, box, rng)
-            centre = rng.uniform(0, self.config.search_px, 2)
+            centre = rng.uniform(0, self.search_px, 2)
             clear_x = (size[0] + box[2]) / 2 * 0.9
             clear_y = (size[1] + box[3]) / 2 * 0.9
             if abs(centre[0] - box[0]) > clear_x or abs(centre[1] - box[1]) > clear_y:

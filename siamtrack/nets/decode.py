@@ -91,9 +91,10 @@ def target_probability(logits: Tensor) -> Tensor:
 
 def decode_boxes(ltrb: Tensor, points: Tensor) -> Tensor:
     """Boxes ``[N, H * W, 4]`` (cx, cy, w, h; crop pixels) from distances ``[N, 4, H, W]`` and cells ``[H * W, 2]``."""
-    left, top, right, bottom = ltrb.flatten(2).unbind(1)
-    x, y = points[:, 0], points[:, 1]
-    return torch.stack([x + (right - left) / 2, y + (bottom - top) / 2, left + right, top + bottom], dim=2)
+    # cx = x + (r - l) / 2, cy = y + (b - t) / 2, w = l + r, h = t + b, as one product: fewer and larger operations.
+    mix = ltrb.new_tensor([[-0.5, 0, 1, 0], [0, -0.5, 0, 1], [0.5, 0, 1, 0], [0, 0.5, 0, 1]])
+    centres = torch.cat([points, torch.zeros_like(points)], dim=1)
+    return ltrb.flatten(2).transpose(1, 2) @ mix + centres
 
 
 def size_penalty(sizes: Tensor, prev_size: Tensor, penalty_k: Tensor) -> Tensor:
@@ -108,15 +109,15 @@ def size_penalty(sizes: Tensor, prev_size: Tensor, penalty_k: Tensor) -> Tensor:
         penalty_k: scalar k.
     """
 
-    def padded(w: Tensor, h: Tensor) -> Tensor:
+    def log_aspect_and_scale(wh: Tensor) -> tuple[Tensor, Tensor]:
+        w, h = wh[..., 0], wh[..., 1]
         margin = (w + h) / 2
-        return torch.sqrt((w + margin) * (h + margin))
+        return torch.log(w / h), 0.5 * torch.log((w + margin) * (h + margin))
 
-    w, h = sizes[..., 0], sizes[..., 1]
-    prev_w, prev_h = prev_size[:, 0:1], prev_size[:, 1:2]
-    aspect = (w / h) / (prev_w / prev_h)
-    scale = padded(w, h) / padded(prev_w, prev_h)
-    change = torch.maximum(aspect, 1 / aspect) * torch.maximum(scale, 1 / scale)
+    aspect, scale = log_aspect_and_scale(sizes)
+    prev_aspect, prev_scale = log_aspect_and_scale(prev_size[:, None])
+    # max(q, 1/q) is exp|log q|.
+    change = torch.exp((aspect - prev_aspect).abs() + (scale - prev_scale).abs())
     return torch.exp((1 - change) * penalty_k)
 
 
@@ -160,5 +161,6 @@ class SearchGraph(nn.Module):
         penalty = size_penalty(boxes[..., 2:], prev_size, tuning[0])  # [N, H*W]
         ranked = penalty * scores * (1 - tuning[1]) + self.window * tuning[1]
         best = ranked.argmax(dim=1, keepdim=True)  # [N, 1]
-        box = boxes.gather(1, best[:, :, None].expand(-1, -1, 4))[:, 0]
-        return box, scores.gather(1, best)[:, 0], penalty.gather(1, best)[:, 0], response
+        cells = torch.cat([boxes, scores[..., None], penalty[..., None]], dim=2)  # [N, H*W, 6]
+        chosen = cells.gather(1, best[:, :, None].expand(-1, -1, 6))[:, 0]  # [N, 6]
+        return chosen[:, :4], chosen[:, 4], chosen[:, 5], response

@@ -189,13 +189,15 @@ class EdgeBranch(nn.Module):
 
 
 class SiamCANEdge(nn.Module):
-    """SiamCAN for CPUs and small GPUs: MobileNetV2, 16x16 grid of stride 16.
+    """SiamCAN for CPUs and small GPUs: MobileNetV2, 223 px search crop, 14x14 grid of stride 16.
 
     Kept from the paper: cross-channel attention of the template on the search features, self-spatial attention a
     branch, circle and ellipse labels, DIoU regression. What deviates, and why:
 
-    * MobileNetV2 to stride 16 in place of ResNet-50; its stride-8 features, folded into depth, stand for the second
-      level, so small targets keep detail.
+    * MobileNetV2 to stride 16 in place of ResNet-50; its stride-8 features, taken in by a 2x2 convolution, stand for
+      the second level, so small targets keep detail.
+    * A search crop of 223 in place of 255 pixels on the same scale: a quarter less to compute, and the target may still
+      move by 1.2 times its size between frames.
     * Pixelwise in place of depthwise correlation, shared by the branches: every search cell against each of the 49
       template cells. It generalised far better from little data, at a third of the head's cost. The channel weights v
       then fold into the kernel, ``z (v x) = (v z) x``, and the search graph never sees them.
@@ -203,8 +205,8 @@ class SiamCANEdge(nn.Module):
       spatially; one sigmoid logit in place of two softmax ones.
     """
 
-    template_size, search_size = 127, 255
-    grid = Grid(size=16, stride=16, origin=0.5)
+    template_size, search_size = 127, 223
+    grid = Grid(size=14, stride=16, origin=0.5)
     normalisation = Normalisation(mean=127.5, scale=1 / 127.5)
     template_names = ("kernel",)
     cells = 7  # template cells a side: 1..7 of 8, cell 4 is the centre
@@ -214,7 +216,10 @@ class SiamCANEdge(nn.Module):
         self.config = config or SiamCANEdgeConfig()
         width = self.config.channels
         self.backbone = MobileNetV2()
-        self.neck = Neck(4 * 32 + 96, width)
+        # 1x1 over stride-16 features and stride-8 features folded 2x2 into depth, written as the 2x2 convolution it is.
+        self.neck8 = nn.Conv2d(32, width, 2, stride=2, bias=False)
+        self.neck16 = nn.Conv2d(96, width, 1, bias=False)
+        self.neck_norm = nn.BatchNorm2d(width)
         self.attention = ChannelAttention() if self.config.channel_attention else None
         self.mix = _conv_norm(self.cells**2, width, 1)
         self.cls = EdgeBranch(self.config, outputs=1)
@@ -224,8 +229,7 @@ class SiamCANEdge(nn.Module):
     def features(self, image: Tensor) -> Tensor:
         """``[N, 3, S, S]`` to ``[N, C, S/16, S/16]``."""
         stride8, stride16 = self.backbone(image)
-        folded = nn.functional.pixel_unshuffle(stride8, 2)  # [N, 128, S/16, S/16]
-        return self.neck(torch.cat([folded, stride16], dim=1))
+        return self.neck_norm(self.neck8(stride8) + self.neck16(stride16))
 
     def template(self, image: Tensor) -> tuple[Tensor]:
         """``[N, 3, 127, 127]`` to the correlation kernel ``[N, 49, C]``, channel attention folded in."""
@@ -235,11 +239,11 @@ class SiamCANEdge(nn.Module):
         return (z.flatten(2).transpose(1, 2) / math.sqrt(self.config.channels),)
 
     def search(self, image: Tensor, kernel: Tensor) -> RawMaps:
-        """``[N, 3, 255, 255]`` and the kernel to raw maps on the 16x16 grid."""
-        x = self.mix(pixelwise(self.features(image), kernel))  # [N, C, 16, 16]
+        """``[N, 3, 223, 223]`` and the kernel to raw maps on the 14x14 grid."""
+        x = self.mix(pixelwise(self.features(image), kernel))  # [N, C, 14, 14]
         ltrb = 32 * torch.exp(self.loc(x).clamp(max=2.7))  # up to 476 px, more than any crop
         return RawMaps(logits=self.cls(x), ltrb=ltrb)
 
     def forward(self, template: Tensor, search: Tensor) -> RawMaps:
-        """Normalised template ``[N, 3, 127, 127]`` and search ``[N, 3, 255, 255]`` crops to raw maps."""
+        """Normalised template ``[N, 3, 127, 127]`` and search ``[N, 3, 223, 223]`` crops to raw maps."""
         return self.search(search, *self.template(template))

@@ -39,7 +39,7 @@ class OnnxRuntimeRunner:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         self._template_names = [spec.name for spec in bundle.manifest.graphs["template"].outputs]
         self._sessions = {name: _open(bundle, name, options) for name in bundle.manifest.graphs}
 
