@@ -2,15 +2,14 @@
 
     python -m evaluation.calibrate BUNDLE --sequences DIR [--names a b] --write
 
-Every clip is tracked once with a state machine that never gives up, so that scores come with the IoU they were worth.
-Then each target is sought in the *other* clips, at the place of their own targets: what it scores there is what a
-tracker sees when its target is gone and something else is in view. From both come the thresholds:
+Every clip is tracked once with a state machine that never gives up, so that scores come with the IoU they were worth;
+a monotone fit (isotonic regression) turns them into the share of frames on the target (IoU > 0.3) at each score. Then
+each target is sought in the *other* clips, at the place of their own targets: what it scores there is what a tracker
+sees when its target is gone and something else is in view. From both come the thresholds:
 
-* ``uncertain_below`` / ``tracking_above``: the lowest scores above which at least 90 % / 95 % of frames are on the
-  target (IoU > 0.3);
-* ``found_above``: exceeded by 1 % of windows without the target, and never under ``tracking_above``;
-* ``lost_below``: where a frame without the target is as likely as one on it (equal error rates), but never above
-  ``uncertain_below``. Ten frames in a row under it make a loss, a third of a second at camera rate.
+* ``tracking_above``, ``uncertain_below``, ``lost_below``: the scores at which 90 %, 75 % and 50 % of frames are on the
+  target. Ten frames in a row under the last make a loss, a third of a second at camera rate.
+* ``found_above``: exceeded by 2 % of windows without the target, and never under ``tracking_above``.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from siamtrack.state import Thresholds
 from siamtrack.tracker import SiamTracker
 
 HIT_IOU = 0.3
-TRACKING_HITS, CERTAIN_HITS = 0.95, 0.90
-FALSE_FINDS = 0.01
+TRACKING_HITS, CERTAIN_HITS, WEAK_HITS = 0.90, 0.75, 0.50
+FALSE_FINDS = 0.02
 LOST_AFTER = 10
 NEVER_LOST = Thresholds(tracking_above=0, uncertain_below=0, lost_below=0, lost_after=1, found_above=0)
 HIDDEN_BELOW = 0.1  # a rendered target of which less is visible counts as absent
@@ -138,14 +137,20 @@ def collect(bundle: Bundle, clips: Sequence[Clip]) -> Evidence:
     absent: list[float] = []
     with open_runner(patient) as runner:
         tracker = SiamTracker(runner)
-        targets: dict[str, tuple[Features, Image]] = {}
+        targets: dict[str, Features] = {}
+        rendered = {clip.name for clip in clips if isinstance(clip.frames, Scene)}
         for clip in clips:
             first = next(clip.images())
             cx, cy, w, h = xywh_to_cxcywh(clip.truth[0]).tolist()  # type: ignore[arg-type]
             window = square_window(cx, cy, context_size(w, h, spec.context))
-            targets[clip.name] = (runner.template(first, window, mean_bgr(first)), first)
+            targets[clip.name] = runner.template(first, window, mean_bgr(first))
         for clip in tqdm(clips, unit="clip", disable=None):
-            foreign = [features for name, (features, _) in targets.items() if name != clip.name]
+            # The rendered scenes share their look of cars: another scene's target is not foreign enough.
+            foreign = [
+                features
+                for other, features in targets.items()
+                if other != clip.name and not (other in rendered and clip.name in rendered)
+            ]
             for index, image in enumerate(clip.images()):
                 truth = clip.truth[index]
                 if index == 0:
@@ -173,23 +178,36 @@ def collect(bundle: Bundle, clips: Sequence[Clip]) -> Evidence:
 
 def choose_thresholds(evidence: Evidence) -> Thresholds:
     """Thresholds by the rules in this module's head, rounded to two digits."""
-    hits = evidence.ious > HIT_IOU
-    uncertain_below = _lowest_reliable(evidence.scores, hits, CERTAIN_HITS)
-    tracking_above = max(_lowest_reliable(evidence.scores, hits, TRACKING_HITS), uncertain_below)
+    order = np.argsort(evidence.scores, kind="stable")
+    scores, share = evidence.scores[order], isotonic(evidence.ious[order] > HIT_IOU)
+
+    def score_at(wanted: float) -> float:
+        reached = np.flatnonzero(share >= wanted)
+        return float(scores[reached[0]]) if reached.size else 1.0
+
+    tracking_above = score_at(TRACKING_HITS)
     found_above = max(float(np.quantile(evidence.absent, 1 - FALSE_FINDS)), tracking_above)
-    present = np.sort(evidence.scores[hits])
-    missing = np.sort(np.concatenate([evidence.absent, evidence.scores[~hits]]))
-    cuts = np.linspace(0, 1, 201)
-    missed = np.searchsorted(present, cuts) / max(len(present), 1)  # on the target, yet under the cut
-    false = 1 - np.searchsorted(missing, cuts) / max(len(missing), 1)  # not on it, yet above the cut
-    lost_below = min(float(cuts[np.argmin(np.abs(missed - false))]), uncertain_below)
     return Thresholds(
         tracking_above=round(tracking_above, 2),
-        uncertain_below=round(uncertain_below, 2),
-        lost_below=round(lost_below, 2),
+        uncertain_below=round(score_at(CERTAIN_HITS), 2),
+        lost_below=round(score_at(WEAK_HITS), 2),
         lost_after=LOST_AFTER,
         found_above=round(found_above, 2),
     )
+
+
+def isotonic(values: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The never-falling sequence nearest to `values` in squares, by pooling adjacent violators."""
+    means: list[float] = []
+    counts: list[int] = []
+    for value in values.astype(float):
+        means.append(value)
+        counts.append(1)
+        while len(means) > 1 and means[-2] >= means[-1]:
+            count = counts[-2] + counts[-1]
+            means[-2:] = [(means[-2] * counts[-2] + means[-1] * counts[-1]) / count]
+            counts[-2:] = [count]
+    return np.repeat(means, counts)
 
 
 def report(evidence: Evidence, thresholds: Thresholds) -> str:
@@ -202,13 +220,6 @@ def report(evidence: Evidence, thresholds: Thresholds) -> str:
         lines.append(f"{low:.1f}-{low + 0.1:.1f}{inside.sum():>10}{share:>10}{empty:>15.3f}")
     values = ", ".join(f"{f.name} {getattr(thresholds, f.name)}" for f in dataclasses.fields(thresholds))
     return "\n".join([*lines, values])
-
-
-def _lowest_reliable(scores: NDArray[np.float64], hits: NDArray[np.bool_], share: float) -> float:
-    """The lowest score such that of all frames at or above it at least `share` are hits; 1 when there is none."""
-    order = np.argsort(scores)[::-1]
-    reliable = np.cumsum(hits[order]) / np.arange(1, len(order) + 1) >= share
-    return float(scores[order][np.flatnonzero(reliable)[-1]]) if reliable.any() else 1.0
 
 
 def _box(row: Sequence[float]) -> Box:

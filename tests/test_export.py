@@ -76,13 +76,15 @@ def exported(request: pytest.FixtureRequest) -> Exported:
 # --- what is in a bundle -------------------------------------------------------------------------------------------
 
 
-def tensors(template: list[tuple[str, list[int]]], response: int) -> dict[str, list[tuple[str, str, list[Any]]]]:
+def tensors(
+    template: list[tuple[str, list[int]]], search_px: int, response: int
+) -> dict[str, list[tuple[str, str, list[Any]]]]:
     """The contract of `siamtrack.bundle` for given template tensors."""
     return {
         "template inputs": [("image", "uint8", [1, 127, 127, 3])],
         "template outputs": [(name, "float32", [1, *shape]) for name, shape in template],
         "search inputs": [
-            ("image", "uint8", ["N", 255, 255, 3]),
+            ("image", "uint8", ["N", search_px, search_px, 3]),
             *((name, "float32", ["N", *shape]) for name, shape in template),
             ("prev_size", "float32", ["N", 2]),
             ("tuning", "float32", [3]),
@@ -98,10 +100,10 @@ def tensors(template: list[tuple[str, list[int]]], response: int) -> dict[str, l
 
 KERNELS = [(f"{kind}_kernel{level}", [256, 5, 5]) for kind in ("cls", "loc") for level in range(3)]
 CONTRACTS = {
-    "siamcan-mobilenetv2": tensors([("kernel", [49, 96])], 16),
-    "siamcan-r50": tensors([*KERNELS, *((f"attention{level}", [256, 1, 1]) for level in range(3))], 25),
+    "siamcan-mobilenetv2": tensors([("kernel", [49, 96])], 223, 14),
+    "siamcan-r50": tensors([*KERNELS, *((f"attention{level}", [256, 1, 1]) for level in range(3))], 255, 25),
 }
-GRIDS = {"siamcan-mobilenetv2": (16, 16, 0.5), "siamcan-r50": (25, 8, 31.5)}
+GRIDS = {"siamcan-mobilenetv2": (14, 16, 0.5), "siamcan-r50": (25, 8, 31.5)}
 
 
 def test_manifest_says_everything(exported: Exported) -> None:
@@ -111,7 +113,7 @@ def test_manifest_says_everything(exported: Exported) -> None:
     fields |= {"tracking", "precision", "provenance", "accuracy"}
     assert set(content) == fields
     assert content["schema_version"] == SCHEMA_VERSION
-    assert (content["crop"]["template_px"], content["crop"]["search_px"]) == (127, 255)
+    assert (content["crop"]["template_px"], content["crop"]["search_px"]) == (127, net.search_size)
     assert tuple(content["grid"].values()) == GRIDS[content["model"]]
     assert content["grid"] == dataclasses.asdict(net.grid)
     assert content["precision"] == "fp32"
@@ -230,7 +232,7 @@ def test_pairs_repeat_and_differ(edge: Exported, tmp_path: Path) -> None:
         first, again, other = (list(source(seed)) for seed in (0, 0, 1))
         assert [len(pairs) for pairs in (first, again, other)] == [3, 3, 3]
         for (t, s, size), (t2, s2, size2), (_, s3, _) in zip(first, again, other, strict=True):
-            assert (t.shape, s.shape, size.shape) == ((127, 127, 3), (255, 255, 3), (2,))
+            assert (t.shape, s.shape, size.shape) == ((127, 127, 3), (223, 223, 3), (2,))
             assert (size > 0).all()
             np.testing.assert_array_equal(t, t2)
             np.testing.assert_array_equal(s, s2)
@@ -240,7 +242,7 @@ def test_pairs_repeat_and_differ(edge: Exported, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("part", "value"),
-    [("neck.downsample.0.weight", 0.01), ("cls.predict.bias", 0.01), ("loc.predict.bias", 0.1)],
+    [("neck16.weight", 0.01), ("cls.predict.bias", 0.01), ("loc.predict.bias", 0.1)],
 )
 def test_verification_notices_a_changed_network(edge: Exported, part: str, value: float) -> None:
     net, bundle = edge

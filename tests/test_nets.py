@@ -225,7 +225,7 @@ def test_backbone_map_sizes(resnet: ResNet50Dilated, side: int, cells: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("model", "size", "first", "last"), [("siamcan-r50", 25, 31.5, 223.5), ("siamcan-mobilenetv2", 16, 0.5, 240.5)]
+    ("model", "size", "first", "last"), [("siamcan-r50", 25, 31.5, 223.5), ("siamcan-mobilenetv2", 14, 0.5, 208.5)]
 )
 def test_grid_points(model: str, size: int, first: float, last: float) -> None:
     grid = MODELS[model].grid  # type: ignore[attr-defined]
@@ -314,11 +314,11 @@ def edge() -> SiamCANEdge:
 def test_edge_shapes(edge: SiamCANEdge) -> None:
     with torch.no_grad():
         template = edge.template(rand(2, 3, 127, 127))
-        raw = edge.search(rand(2, 3, 255, 255, seed=1), *template)
+        raw = edge.search(rand(2, 3, 223, 223, seed=1), *template)
     assert [tuple(t.shape) for t in template] == [(2, 49, 96)]
     assert edge.template_names == ("kernel",)
-    assert raw.logits.shape == (2, 1, 16, 16)
-    assert raw.ltrb.shape == (2, 4, 16, 16)
+    assert raw.logits.shape == (2, 1, 14, 14)
+    assert raw.ltrb.shape == (2, 4, 14, 14)
     assert (raw.ltrb > 0).all()
 
 
@@ -754,7 +754,8 @@ def test_template_graph_normalises() -> None:
 
 
 def test_batch_of_three_equals_three_singles(edge: SiamCANEdge) -> None:
-    images = torch.randint(0, 256, (3, 255, 255, 3), generator=seeded(), dtype=torch.uint8)
+    side = edge.search_size
+    images = torch.randint(0, 256, (3, side, side, 3), generator=seeded(), dtype=torch.uint8)
     templates = torch.randint(0, 256, (3, 127, 127, 3), generator=seeded(1), dtype=torch.uint8)
     sizes, tuning = 20 + 100 * rand(3, 2), torch.tensor([0.06, 0.4, 0.0])
     search, template = SearchGraph(edge), TemplateGraph(edge)

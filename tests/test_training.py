@@ -20,7 +20,7 @@ from torch import Tensor
 from siamtrack.nets import MODELS
 from siamtrack.plain import to_plain
 from training import pairs as pairs_module
-from training.augment import Cutout, Jitter, jittered_window, motion_blur, paste, photometric
+from training.augment import Cutout, Jitter, jittered_window, motion_blur, paste, photometric, rotate
 from training.data import Mask, Sighting, Track, list_images, read_coco, read_stills, read_video, usable
 from training.images import ImageCache
 from training.labels import sample, siamcan_labels
@@ -79,7 +79,7 @@ def test_nearest_gives_a_small_box_its_one_cell() -> None:
     small = box(127, 121, 9, 9)  # between the 16 px cells: r = 3.2 px reaches none
     assert (siamcan_labels(COARSE, small) == 1).sum() == 0
     labels = siamcan_labels(COARSE, small, nearest=True)
-    assert np.flatnonzero(labels == 1).tolist() == [8 * 16 + 8]  # cell (8, 8) lies at 128.5
+    assert np.flatnonzero(labels == 1).tolist() == [8 * 14 + 8]  # cell (8, 8) lies at 128.5
     large = box(128, 128, 90, 70)
     np.testing.assert_array_equal(siamcan_labels(COARSE, large), siamcan_labels(COARSE, large, nearest=True))
 
@@ -541,7 +541,7 @@ def tracks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Track], list[
 
 Tracks = tuple[list[Track], list[Track], list[Path]]
 ALL = {"video": 0.4, "still": 0.2, "cutout": 0.3, "region": 0.1}
-PLAIN: dict[str, Any] = {"negative": 0.0, "distractor": 0.0, "occluder": 0.0}
+PLAIN: dict[str, Any] = {"negative": 0.0, "distractor": 0.0, "occluder": 0.0, "rotation": 0.0, "flip": 0.0}
 
 
 def sampler(tracks: Tracks, **config: Any) -> PairSampler:
@@ -615,6 +615,28 @@ def test_box_is_where_the_target_is(tracks: Tracks, kind: str, monkeypatch: pyte
             assert not target[~outer].any()
         middle = pair.template[63, 63].astype(int)
         assert np.abs(middle - TARGET_BGR).max() < 40  # the template shows the target, in its middle
+
+
+def test_a_mirrored_search_crop_takes_its_box_along(tracks: Tracks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs_module, "photometric", lambda image, rng: image)
+    for pair in draw(sampler(tracks, mix={"still": 1.0}, **{**PLAIN, "flip": 1.0}), 6):
+        rows, columns = np.nonzero(np.abs(pair.search.astype(int) - TARGET_BGR).max(axis=2) < 40)
+        cx, cy, _, _ = pair.box_cxcywh
+        assert (columns.mean() + 0.5, rows.mean() + 0.5) == pytest.approx((cx, cy), abs=2)
+
+
+@pytest.mark.parametrize(
+    ("angle", "size"), [(0.0, (60, 20)), (90.0, (20, 60)), (-90.0, (20, 60)), (30.0, (52.92, 34.64))]
+)
+def test_rotation_turns_about_the_target(angle: float, size: tuple[float, float]) -> None:
+    # A filled ellipse, for which the returned box is exact.
+    image = np.zeros((255, 255, 3), np.uint8)
+    cv2.ellipse(image, (110, 130), (30, 10), 0, 0, 360, (255, 255, 255), -1)
+    turned, (cx, cy, w, h) = rotate(image, (110.5, 130.5, 60, 20), angle)
+    assert (cx, cy, w, h) == pytest.approx((110.5, 130.5, *size), abs=0.05)
+    rows, columns = np.nonzero(turned[:, :, 0] > 127)
+    assert (columns.mean() + 0.5, rows.mean() + 0.5) == pytest.approx((cx, cy), abs=0.5)
+    assert (np.ptp(columns) + 1, np.ptp(rows) + 1) == pytest.approx((w, h), abs=2.5)
 
 
 def test_video_pairs_come_from_two_frames_in_range(tracks: Tracks, monkeypatch: pytest.MonkeyPatch) -> None:

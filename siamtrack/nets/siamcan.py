@@ -137,7 +137,8 @@ class SiamCAN(nn.Module):
             x = self.necks[i](level) * weights[i]  # Eq. 3: channel-wise product, no residual (S4); [N, C, 31, 31]
             logits.append(self.cls[i](cls_kernels[i], x))
             raw = self.loc[i](loc_kernels[i], x) * self.loc_scale[i]
-            ltrb.append(torch.exp(raw.clamp(max=6.2)))  # positive distances (S9); e^6.2 = 493 px exceeds any crop
+            # Positive distances (S9); e^-6 px is nothing and e^6.2 = 493 px exceeds any crop.
+            ltrb.append(torch.exp(raw.clamp(-6.0, 6.2)))
         cls_share, loc_share = self.cls_weight.softmax(0), self.loc_weight.softmax(0)
         return RawMaps(
             logits=torch.stack([m * a for m, a in zip(logits, cls_share, strict=True)]).sum(0),
@@ -241,7 +242,7 @@ class SiamCANEdge(nn.Module):
     def search(self, image: Tensor, kernel: Tensor) -> RawMaps:
         """``[N, 3, 223, 223]`` and the kernel to raw maps on the 14x14 grid."""
         x = self.mix(pixelwise(self.features(image), kernel))  # [N, C, 14, 14]
-        ltrb = 32 * torch.exp(self.loc(x).clamp(max=2.7))  # up to 476 px, more than any crop
+        ltrb = 32 * torch.exp(self.loc(x).clamp(-6.0, 2.7))  # 0.08 to 476 px: never nothing, never more than a crop
         return RawMaps(logits=self.cls(x), ltrb=ltrb)
 
     def forward(self, template: Tensor, search: Tensor) -> RawMaps:

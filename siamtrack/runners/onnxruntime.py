@@ -25,13 +25,14 @@ class OnnxRuntimeRunner:
     Args:
         bundle: a verified bundle.
         threads: threads a graph may use; 0 takes the available cores, up to 4.
-        spinning: let idle threads spin. A little faster alone; ruinous beside other work on few cores.
+        spinning: let threads spin between the operations of a run, which is a fifth faster. They stop with the run:
+            threads that spin on would take the cores from everything else.
 
     Raises:
         BundleError: a graph cannot be loaded or does not match its manifest.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 0, spinning: bool = False) -> None:
+    def __init__(self, bundle: Bundle, threads: int = 0, spinning: bool = True) -> None:
         self.bundle = bundle
         self.last_timing: dict[str, float] = {}
         self.threads = threads or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 4)
@@ -39,7 +40,8 @@ class OnnxRuntimeRunner:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self._template_names = [spec.name for spec in bundle.manifest.graphs["template"].outputs]
         self._sessions = {name: _open(bundle, name, options) for name in bundle.manifest.graphs}
 
