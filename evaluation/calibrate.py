@@ -207,7 +207,7 @@ def isotonic(values: NDArray[np.bool_]) -> NDArray[np.float64]:
             count = counts[-2] + counts[-1]
             means[-2:] = [(means[-2] * counts[-2] + means[-1] * counts[-1]) / count]
             counts[-2:] = [count]
-    return np.repeat(means, counts)
+    return np.repeat(np.array(means), counts)
 
 
 def report(evidence: Evidence, thresholds: Thresholds) -> str:
