@@ -22,7 +22,7 @@ from rclpy.duration import Duration
 from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
-from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.task import Future
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
@@ -31,6 +31,7 @@ from ros2_siamtrack import messages
 from ros2_siamtrack.images import Header
 from ros2_siamtrack.init_publisher import TRACKER, InitPublisher, parse_box
 from ros2_siamtrack.parameters import Parameter
+from ros2_siamtrack.qos import every_message_qos
 from siamtrack.crop import Image as Pixels
 from siamtrack.scene import Scene
 from siamtrack.sources import FrameSource, open_source
@@ -41,7 +42,6 @@ TRUTH = "truth"
 FALLBACK_HZ = 30.0
 READ_AHEAD = 4  # frames decoded or rendered before their turn
 RELIABLE = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
-EVERY_TRUTH = QoSProfile(history=HistoryPolicy.KEEP_ALL, reliability=ReliabilityPolicy.RELIABLE)
 
 PARAMETERS = (
     Parameter("source", SCENE, f"video file, image folder, glob, camera index, stream URL; {SCENE}: the rendered clip"),
@@ -104,10 +104,10 @@ class ClipPlayer(Node):
         topic, kind = ("image/compressed", CompressedImage) if compressed else ("image", Image)
         self._images = self.create_publisher(kind, topic, RELIABLE, qos_overriding_options=overrides)
         self._infos = self.create_publisher(CameraInfo, "camera_info", RELIABLE)
-        self._truths = self.create_publisher(PolygonStamped, "~/truth", EVERY_TRUTH) if self._scene else None
+        self._truths = self.create_publisher(PolygonStamped, "~/truth", every_message_qos()) if self._scene else None
         self._detections = None
         if self._scene and messages.Detection2D is not None:
-            self._detections = self.create_publisher(messages.Detection2D, "~/truth_detection", EVERY_TRUTH)
+            self._detections = self.create_publisher(messages.Detection2D, "~/truth_detection", every_message_qos())
         self._inits = InitPublisher(self, self._value("tracker")) if self._value("init") else None
         self._ahead: queue.Queue[ClipFrame | Exception | None] = queue.Queue(READ_AHEAD)
         self._feeder = threading.Thread(target=self._feed, name="clip player", daemon=True)

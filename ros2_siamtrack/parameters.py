@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 
 from siamtrack.runners import BACKENDS
+from siamtrack.tracker import SiamTracker
 
 FROM_MODEL = -1.0
 TRACKING_PARAMETERS = ("penalty_k", "window_influence", "size_rate")
@@ -94,3 +95,10 @@ def refusal(name: str, value: Any) -> str:
     if name in TRACKING_PARAMETERS and FROM_MODEL < value < 0:
         return f"{name} must be at least 0, or {FROM_MODEL:g} for the model's own value, got {value:g}"
     return ""
+
+
+def tune(tracker: SiamTracker, values: dict[str, float]) -> None:
+    """Set some of `TRACKING_PARAMETERS`; `FROM_MODEL` stands for the model's own value."""
+    own = tracker.runner.bundle.manifest.tracking
+    chosen: dict[str, Any] = {n: getattr(own, n) if v == FROM_MODEL else v for n, v in values.items()}
+    tracker.tracking = replace(tracker.tracking, **chosen)

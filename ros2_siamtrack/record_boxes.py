@@ -14,17 +14,16 @@ from geometry_msgs.msg import PolygonStamped
 from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
-from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from visualization_msgs.msg import ImageMarker
 
 from ros2_siamtrack import messages
 from ros2_siamtrack.init_publisher import TRACKER
 from ros2_siamtrack.parameters import Parameter
+from ros2_siamtrack.qos import every_message_qos
 from siamtrack.tracker import Box
 
 HEADER = ("stamp_ns", "frame_id", "x", "y", "w", "h", "score", "state", "received_ns")
 TRUTH_HEADER = ("truth_x", "truth_y", "truth_w", "truth_h", "visible")
-EVERY = QoSProfile(history=HistoryPolicy.KEEP_ALL, reliability=ReliabilityPolicy.RELIABLE)
 WAIT_ROWS = 300  # newer frames after which a row's missing parts are given up
 
 PARAMETERS = (
@@ -107,13 +106,14 @@ class BoxRecorder(Node):
             self.log = BoxLog(self.path, parts)
         except OSError as error:
             raise ValueError(f"cannot write {self.path}: {error.strerror}; set the parameter file") from error
-        self.create_subscription(ImageMarker, f"{tracker}/overlay", self._on_overlay, EVERY)
+        every = every_message_qos()
+        self.create_subscription(ImageMarker, f"{tracker}/overlay", self._on_overlay, every)
         if messages.Detection2D is not None:
-            self.create_subscription(messages.Detection2D, f"{tracker}/detection", self._on_detection, EVERY)
+            self.create_subscription(messages.Detection2D, f"{tracker}/detection", self._on_detection, every)
         else:
             self.get_logger().info("vision_msgs is not installed: the score column stays empty")
         if truth:
-            self.create_subscription(PolygonStamped, truth, self._on_truth, EVERY)
+            self.create_subscription(PolygonStamped, truth, self._on_truth, every)
         self.get_logger().info(f"recording {self.resolve_topic_name(tracker)} to {self.path}")
 
     def destroy_node(self) -> None:

@@ -17,12 +17,12 @@ import rclpy
 from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
-from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.utilities import remove_ros_args
 from sensor_msgs.msg import CompressedImage, Image
 
 from ros2_siamtrack.images import RosFrame, parse_compressed_image, parse_image
 from ros2_siamtrack.init_publisher import TRACKER, InitPublisher, parse_box
+from ros2_siamtrack.qos import newest_frame_qos
 from siamtrack.crop import Image as Pixels
 from siamtrack.tracker import Box
 
@@ -67,8 +67,7 @@ class TargetSelector(Node):
             compressed = options.transport == "compressed"
             kind, topic = (CompressedImage, "image/compressed") if compressed else (Image, "image")
             self._parse = parse_compressed_image if compressed else parse_image
-            newest = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
-            self.subscription = self.create_subscription(kind, topic, self._on_image, newest, raw=True)
+            self.subscription = self.create_subscription(kind, topic, self._on_image, newest_frame_qos(), raw=True)
 
     def _on_image(self, serialised: bytes) -> None:
         try:

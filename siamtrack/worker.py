@@ -102,11 +102,7 @@ class Worker:
 
     def request(self, init: InitRequest) -> None:
         """Start on a box, from the next frame on or on the buffered frame it is stamped with."""
-
-        def start(session: Session) -> None:
-            session.request(init)
-
-        self._command(start)
+        self._command(lambda session: session.request(init))
 
     def reset(self, reason: str = "") -> None:
         """Forget the target."""
@@ -127,11 +123,7 @@ class Worker:
 
     def configure(self, change: Callable[[SiamTracker], None]) -> None:
         """Run a change of the tracker between two frames."""
-
-        def apply(session: Session) -> None:
-            change(session.tracker)
-
-        self._command(apply)
+        self._command(lambda session: change(session.tracker))
 
     def settle(self, timeout_s: float = 5.0) -> bool:
         """Wait until the frame in hand and all that was asked for before is done; False when it takes too long."""

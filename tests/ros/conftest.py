@@ -106,9 +106,15 @@ class ListeningTracker(TrackerNode if importlib.util.find_spec("rclpy") else obj
         self.arrivals = 0  # of images, good or bad
         super().__init__(**arguments)
 
-    def _on_image(self, *arguments: Any) -> None:
-        super()._on_image(*arguments)
-        self.arrivals += 1
+    def _create_inputs(self) -> None:
+        super()._create_inputs()
+        take = self._images.subscription.callback
+
+        def count(serialised: bytes) -> None:
+            take(serialised)
+            self.arrivals += 1
+
+        self._images.subscription.callback = count
 
     def get_logger(self) -> Any:
         return self.log
@@ -206,7 +212,7 @@ class Rig:
     def start(self) -> None:
         assert str(self.spinner.call(self.tracker.trigger_configure)).endswith("SUCCESS"), self.tracker.log.lines
         assert str(self.spinner.call(self.tracker.trigger_activate)).endswith("SUCCESS"), self.tracker.log.lines
-        outputs = self.tracker._outputs
+        outputs = self.tracker._outputs.publishers
         for name in (*(n.removesuffix("/compressed") for n in self._listen), "state"):
             until(lambda name=name: outputs[name].get_subscription_count(), f"for a listener on {name}")
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from diagnostic_msgs.msg import DiagnosticStatus
 from geometry_msgs.msg import Point, PointStamped
 from rclpy.qos import ReliabilityPolicy
-from sensor_msgs.msg import RegionOfInterest
+from sensor_msgs.msg import Image, RegionOfInterest
 
-from ros2_siamtrack import tracker_node
-from tests.ros.conftest import Rig, camera_info, header_message, image_message, stamp_ns, until
+from ros2_siamtrack import cause_log, image_input
+from ros2_siamtrack.cause_log import CauseLog
+from ros2_siamtrack.qos import every_message_qos, newest_frame_qos
+from tests.ros.conftest import Log, Parameter, Rig, camera_info, header_message, image_message, stamp_ns, until
 
 OUTPUTS = ("roi", "bearing", "overlay")
 
@@ -41,7 +44,7 @@ def test_when_images_stop_the_target_is_lost(make_rig: Callable[..., Rig]) -> No
     until(lambda: len(rig.received["diagnostics"]) > before)
     assert {name: len(rig.received[name]) for name in OUTPUTS} == heard  # nothing stale is repeated
     assert rig.received["state"].count("LOST") == 1
-    rig.tracker.set_parameters([tracker_node.RosParameter("timeout_s", value=60.0)])
+    rig.tracker.set_parameters([Parameter("timeout_s", value=60.0)])
     rig.show(*range(3, 12))  # they are back, and so is the target
     rig.state("TRACKING")
     rig.diagnosis(level=DiagnosticStatus.OK, reason="")
@@ -71,12 +74,12 @@ def test_no_bearing_and_no_roi_while_lost(rig: Rig) -> None:
 def test_no_image_at_all_is_told_with_the_publishers(
     make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracker_node, "SILENCE_WARNING_S", 0.3)
+    monkeypatch.setattr(image_input, "SILENCE_WARNING_S", 0.3)
     rig = make_rig(timeout_s=0.2)
     until(lambda: rig.tracker.log.count("nobody publishes it"))
     rig.diagnosis(level=DiagnosticStatus.ERROR, message="no images")
     silent = make_rig(timeout_s=0.2, start=False)
-    silent.world.create_publisher(tracker_node.Image, "image", 10)
+    silent.world.create_publisher(Image, "image", 10)
     until(lambda: silent.tracker.get_publishers_info_by_topic(f"{silent.namespace}/image"))
     silent.start()
     until(lambda: silent.tracker.log.count("world offers RELIABLE, VOLATILE"))
@@ -88,7 +91,7 @@ def test_no_image_at_all_is_told_with_the_publishers(
 
 def test_publishers_that_cannot_be_heard_are_told(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(processing="every", reliable=False)
-    rig.world.create_publisher(tracker_node.Image, "image", tracker_node.newest_frame_qos())
+    rig.world.create_publisher(Image, "image", newest_frame_qos())
     until(lambda: rig.tracker.log.count("world offers BEST_EFFORT"))
     (text,) = {text for _, text in rig.tracker.log.lines if "BEST_EFFORT" in text}
     hint = f"qos_overrides.{rig.namespace}/image.subscription.reliability:=best_effort"
@@ -98,7 +101,7 @@ def test_publishers_that_cannot_be_heard_are_told(make_rig: Callable[..., Rig]) 
     assert heard.reliability is ReliabilityPolicy.BEST_EFFORT
     heard.show(0)
     other = make_rig()  # an override is for its own topic only
-    assert tracker_node.every_frame_qos().reliability is ReliabilityPolicy.RELIABLE
+    assert every_message_qos().reliability is ReliabilityPolicy.RELIABLE
     other.show(0)
 
 
@@ -229,20 +232,28 @@ def test_boxes_that_cannot_be_are_told_and_the_target_is_kept(rig: Rig) -> None:
     rig.state("TRACKING")
 
 
-def test_warnings_with_numbers_are_one_cause_and_memory_of_causes_is_bounded(rig: Rig) -> None:
+def test_warnings_with_numbers_are_one_cause_and_memory_of_causes_is_bounded() -> None:
+    told = Log()
+    log = CauseLog(told)
     for number in range(1000):
-        rig.tracker._warn(f"stamp {number} is {number / 7:.3f} s old, encoding 'x{number}'")
-    assert rig.tracker.log.count("stamp ") == 1
+        log.warn(f"stamp {number} is {number / 7:.3f} s old, encoding 'x{number}'")
+    assert told.count("stamp ") == 1
     for number in range(1000):
-        rig.tracker._warn("text", cause=f"cause {number}")
-    assert len(rig.tracker._warned) <= tracker_node.CAUSES_KEPT
+        log.warn("text", cause=f"cause {number}")
+    assert told.count("text") == 1000
+    assert len(log._occurred_s) <= cause_log.CAUSES_KEPT
 
 
-def test_a_cause_that_comes_back_is_told_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracker_node, "QUIET_S", 0.0)
-    rig.tracker._warn("again")
-    rig.tracker._warn("again")
-    assert rig.tracker.log.count("again") == 2
+def test_a_cause_that_comes_back_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_s = iter((1000.0, 1004.0, 1008.0, 1008.0 + cause_log.QUIET_S))
+    monkeypatch.setattr(cause_log, "time", SimpleNamespace(monotonic=lambda: next(clock_s)))
+    told = Log()
+    log = CauseLog(told)
+    for _ in range(3):  # it goes on for longer than that
+        log.warn("again")
+    assert told.count("again") == 1
+    log.warn("again")
+    assert told.count("again") == 2
 
 
 # -------------------------------------------------------------------------------------------------------------- camera

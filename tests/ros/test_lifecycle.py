@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ros2_siamtrack import tracker_node
+from ros2_siamtrack import image_input
 from siamtrack import Bundle
 from tests.ros.conftest import ListeningTracker, Parameter, Rig, until
 
@@ -31,14 +31,14 @@ def test_every_transition(make_rig: Callable[..., Rig]) -> None:
     node = rig.tracker
     assert node._worker is None and tracker_threads() == []
     assert go(rig, "configure") == "SUCCESS inactive"
-    assert tracker_threads() == ["siamtrack"] and not node._inputs
+    assert tracker_threads() == ["siamtrack"] and not node._held_subscriptions
     assert go(rig, "activate") == "SUCCESS active"
-    assert tracker_threads() == ["siamtrack", "siamtrack debug image"] and node._inputs
+    assert tracker_threads() == ["siamtrack", "siamtrack debug image"] and node._held_subscriptions
     rig.follow(0, 1)
     rig.state("TRACKING")
     assert go(rig, "deactivate") == "SUCCESS inactive"
     rig.state("IDLE")
-    assert tracker_threads() == ["siamtrack"] and not node._inputs and not node._held_timers
+    assert tracker_threads() == ["siamtrack"] and not node._held_subscriptions and not node._held_timers
     assert go(rig, "activate") == "SUCCESS active"
     rig.show(2)  # the target was forgotten
     rig.diagnosis(state="IDLE", frames_received="3")
@@ -46,7 +46,7 @@ def test_every_transition(make_rig: Callable[..., Rig]) -> None:
     rig.state("TRACKING")
     assert go(rig, "deactivate") == "SUCCESS inactive"
     assert go(rig, "cleanup") == "SUCCESS unconfigured"
-    assert tracker_threads() == [] and not node._outputs and not node._managed_entities
+    assert tracker_threads() == [] and not node._outputs.publishers and not node._managed_entities
     assert go(rig, "configure") == "SUCCESS inactive"
     assert go(rig, "cleanup") == "SUCCESS unconfigured"
     rig.start()
@@ -61,7 +61,7 @@ def test_shutdown_from_any_state(make_rig: Callable[..., Rig], transitions: tupl
     for transition in transitions:
         go(rig, transition)
     assert go(rig, "shutdown") == "SUCCESS finalized"
-    assert tracker_threads() == [] and not rig.tracker._outputs
+    assert tracker_threads() == [] and not rig.tracker._outputs.publishers
 
 
 def test_destruction_while_active(make_rig: Callable[..., Rig]) -> None:
@@ -87,7 +87,7 @@ def test_what_cannot_be_configured_is_told_and_the_node_lives(
     rig = make_rig(start=False, **parameters)
     assert go(rig, "configure") == "FAILURE unconfigured"
     assert [level for level, text in rig.tracker.log.lines if why in text] == ["error"]
-    assert tracker_threads() == [] and not rig.tracker._outputs
+    assert tracker_threads() == [] and not rig.tracker._outputs.publishers
     assert go(rig, "configure") == "FAILURE unconfigured"  # and can be asked again
 
 
@@ -108,7 +108,7 @@ def test_a_bad_qos_override_is_told(make_rig: Callable[..., Rig], topic: str, st
     if state == "inactive":
         assert go(rig, "activate") == "FAILURE inactive"
     assert rig.tracker.log.count("sometimes") == 1
-    assert not rig.tracker._inputs and "siamtrack debug image" not in tracker_threads()
+    assert not rig.tracker._held_subscriptions and "siamtrack debug image" not in tracker_threads()
 
 
 def test_an_error_in_a_transition_leads_back_to_the_start(make_rig: Callable[..., Rig]) -> None:
@@ -121,7 +121,7 @@ def test_an_error_in_a_transition_leads_back_to_the_start(make_rig: Callable[...
 
     rig.tracker._drop_inputs = fail_once
     assert go(rig, "deactivate") == "ERROR unconfigured"
-    assert tracker_threads() == [] and not rig.tracker._outputs
+    assert tracker_threads() == [] and not rig.tracker._outputs.publishers
     rig.start()
     rig.follow(0, 1)
     rig.state("TRACKING")
@@ -131,14 +131,14 @@ def test_an_error_in_a_transition_leads_back_to_the_start(make_rig: Callable[...
 def test_a_middleware_without_these_events_will_do(
     make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, missing: set[str]
 ) -> None:
-    real = tracker_node.SubscriptionEventCallbacks
+    real = image_input.SubscriptionEventCallbacks
 
     def refuse(**events: object) -> object:
         if missing & set(events):
-            raise tracker_node.UnsupportedEventTypeError("not here")
+            raise image_input.UnsupportedEventTypeError("not here")
         return real(**events)
 
-    monkeypatch.setattr(tracker_node, "SubscriptionEventCallbacks", refuse)
+    monkeypatch.setattr(image_input, "SubscriptionEventCallbacks", refuse)
     rig = make_rig()
     rig.follow(0, 1)
     rig.state("TRACKING")

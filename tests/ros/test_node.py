@@ -123,7 +123,7 @@ def test_a_box_older_than_the_buffer(make_rig: Callable[..., Rig]) -> None:
 def test_a_detection_starts_a_track_and_detections_come_out(rig: Rig) -> None:
     rig.received["detection"] = []
     rig.world.create_subscription(messages.Detection2D, "siamtrack/detection", rig.received["detection"].append, 100)
-    until(lambda: rig.tracker._outputs["detection"].get_subscription_count())
+    until(lambda: rig.tracker._outputs.publishers["detection"].get_subscription_count())
     rig.show(0, 1)
     x, y, w, h = rig.scene[0].box_xywh
     detection = messages.Detection2D(header=header_message(stamp_ns(0)), id="rover")
@@ -166,7 +166,7 @@ def test_the_topic_can_be_remapped_with_its_companions(make_rig: Callable[..., R
     resolve = rig.tracker.resolve_topic_name
     rig.tracker.resolve_topic_name = lambda name: "/front/image_raw" if name == "image" else resolve(name)
     rig.start()
-    topics = {subscription.topic_name for subscription in rig.tracker._inputs}
+    topics = {subscription.topic_name for subscription in rig.tracker._held_subscriptions}
     assert {"/front/image_raw/compressed", "/front/image_raw_mouse_left"} <= topics
 
 
@@ -218,7 +218,7 @@ def test_the_annotated_picture_is_painted_for_listeners_only(make_rig: Callable[
     assert cv2.imdecode(np.frombuffer(pictures[-1].data, np.uint8), 1).shape == (270, 480, 3)
     deaf = make_rig(listen=())
     painted: list[object] = []
-    deaf.tracker._painter.offer = painted.append
+    deaf.tracker._outputs._painter.offer = painted.append
     deaf.follow(0, 1)
     assert not painted
 
