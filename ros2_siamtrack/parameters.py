@@ -11,7 +11,7 @@ from siamtrack.runners import BACKENDS
 from siamtrack.tracker import SiamTracker
 
 FROM_MODEL = -1.0
-TRACKING_PARAMETERS = ("penalty_k", "window_influence", "size_rate")
+TRACKING_PARAMETERS = ("penalty_k", "window_influence", "size_rate", "motion_rate")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,13 @@ PARAMETERS = (
     ),
     Parameter(
         "size_rate", FROM_MODEL, "how fast the size follows; -1: as the model says", live=True, bounds=(FROM_MODEL, 1.0)
+    ),
+    Parameter(
+        "motion_rate",
+        FROM_MODEL,
+        "how fast the velocity follows that the search leads by; 0 for none; -1: as the model says",
+        live=True,
+        bounds=(FROM_MODEL, 1.0),
     ),
 )
 

@@ -48,6 +48,7 @@ class _Target:
     status: Status
     frame_size: tuple[int, int]  # height, width
     min_size_px: float
+    velocity: tuple[float, float] = (0.0, 0.0)  # of the centre, image pixels a frame
     frame: int = 0
     hunt: Iterator[Window] | None = None  # further windows to search while LOST
 
@@ -133,7 +134,7 @@ class SiamTracker:
             (h0, w0), (h1, w1) = target.frame_size, frame_bgr.shape[:2]
             raise ValueError(f"frame size changed from {w0}x{h0} to {w1}x{h1}: call init with a box in the new frame")
         lost = target.status.state is State.LOST
-        windows = self._lost_windows(target) if lost else [self._window(target.box_cxcywh)]
+        windows = self._lost_windows(target) if lost else [self._window(_ahead(target))]
         tuning = (self.tracking.penalty_k, 0.0 if lost else self.tracking.window_influence, 0.0)
         search_px = self.runner.bundle.manifest.crop.search_px
         size = np.array(target.box_cxcywh[2:])
@@ -179,8 +180,16 @@ class SiamTracker:
             for old, new, limit in zip(target.box_cxcywh[2:], found[2:], (width, height), strict=True)
         )
         box = (cx, cy, w, h)
+        velocity = (0.0, 0.0)  # a target found again starts anew
+        if target.status.state is not State.LOST:
+            gain = self.tracking.motion_rate * score
+            moved = (cx - target.box_cxcywh[0], cy - target.box_cxcywh[1])
+            velocity = (
+                target.velocity[0] + gain * (moved[0] - target.velocity[0]),
+                target.velocity[1] + gain * (moved[1] - target.velocity[1]),
+            )
         believed = box if status.state is State.TRACKING else target.believed_cxcywh
-        return replace(target, status=status, box_cxcywh=box, believed_cxcywh=believed, hunt=None)
+        return replace(target, status=status, box_cxcywh=box, believed_cxcywh=believed, velocity=velocity, hunt=None)
 
     def _lose(self, target: _Target) -> _Target:
         """Weak frames before a loss may have led astray: fall back to where the target was last believed."""
@@ -249,6 +258,14 @@ def check_box(box_xywh: Sequence[float] | NDArray[np.floating], width: int, heig
     if w < min(1.0, box[2] * 0.999) or h < min(1.0, box[3] * 0.999) or w * h == 0:
         raise ValueError(f"box {box.tolist()} lies outside the {width}x{height} image")
     return x, y, w, h
+
+
+def _ahead(target: _Target) -> Box:
+    """Where the box will be if the target keeps its velocity; its centre stays inside the image."""
+    cx, cy, w, h = target.box_cxcywh
+    height, width = target.frame_size
+    x, y = cx + target.velocity[0], cy + target.velocity[1]
+    return min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height)), w, h
 
 
 def _box(values: Sequence[float] | NDArray[np.floating]) -> Box:

@@ -527,3 +527,32 @@ def test_an_answer_that_is_no_number_is_no_evidence() -> None:
     assert track.box_xywh == believed
     assert (track.score, track.state) == (0.0, State.UNCERTAIN)
     assert names(play(tracker, 0.9)) == "T"
+
+
+def test_the_search_leads_a_moving_target() -> None:
+    tracker = scripted(motion_rate=0.5)
+    for step in range(1, 40):  # 5 px a frame to the right
+        play(tracker, 1.0, at=(CENTRE[0] + 5 * step, CENTRE[1]))
+    window = tracker.runner.windows[-1][0]
+    # The last search came before the last step was seen: it was centred where that step would lead.
+    assert window.left + window.width / 2 == pytest.approx(CENTRE[0] + 5 * 39, abs=1)
+    assert window.top + window.height / 2 == pytest.approx(CENTRE[1], abs=1)
+
+
+def test_without_a_motion_rate_the_search_stays_where_the_target_was() -> None:
+    tracker = scripted(motion_rate=0.0)
+    play(tracker, 1.0, 1.0, at=(CENTRE[0] + 20, CENTRE[1]))
+    play(tracker, 1.0, at=(CENTRE[0] + 40, CENTRE[1]))
+    window = tracker.runner.windows[-1][0]
+    assert window.left + window.width / 2 == pytest.approx(CENTRE[0] + 20, abs=1)
+
+
+def test_weak_evidence_coasts_on_at_the_old_velocity() -> None:
+    tracker = scripted(motion_rate=1.0)
+    for step in range(1, 6):
+        play(tracker, 1.0, at=(CENTRE[0] + 5 * step, CENTRE[1]))
+    at = (CENTRE[0] + 25, CENTRE[1])
+    play(tracker, 0.0, at=at)  # a score of nothing says the target stands still: not believed
+    play(tracker, 0.0, at=at)
+    window = tracker.runner.windows[-1][0]
+    assert window.left + window.width / 2 == pytest.approx(at[0] + 5, abs=1)
