@@ -22,7 +22,6 @@ from rclpy.duration import Duration
 from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
-from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.task import Future
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
@@ -31,7 +30,7 @@ from ros2_siamtrack import messages
 from ros2_siamtrack.images import Header
 from ros2_siamtrack.init_publisher import TRACKER, InitPublisher, parse_box
 from ros2_siamtrack.parameters import Parameter
-from ros2_siamtrack.qos import every_message_qos
+from ros2_siamtrack.qos import every_message_qos, reliable_qos
 from siamtrack.crop import Image as Pixels
 from siamtrack.scene import Scene
 from siamtrack.sources import FrameSource, open_source
@@ -41,7 +40,6 @@ SCENE = "scene"
 TRUTH = "truth"
 FALLBACK_HZ = 30.0
 READ_AHEAD = 4  # frames decoded or rendered before their turn
-RELIABLE = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 
 PARAMETERS = (
     Parameter("source", SCENE, f"video file, image folder, glob, camera index, stream URL; {SCENE}: the rendered clip"),
@@ -102,8 +100,8 @@ class ClipPlayer(Node):
         compressed = self._value("transport") == "compressed"
         overrides = QoSOverridingOptions.with_default_policies()
         topic, kind = ("image/compressed", CompressedImage) if compressed else ("image", Image)
-        self._images = self.create_publisher(kind, topic, RELIABLE, qos_overriding_options=overrides)
-        self._infos = self.create_publisher(CameraInfo, "camera_info", RELIABLE)
+        self._images = self.create_publisher(kind, topic, reliable_qos(), qos_overriding_options=overrides)
+        self._infos = self.create_publisher(CameraInfo, "camera_info", reliable_qos())
         self._truths = self.create_publisher(PolygonStamped, "~/truth", every_message_qos()) if self._scene else None
         self._detections = None
         if self._scene and messages.Detection2D is not None:

@@ -15,6 +15,11 @@ def every_message_qos() -> QoSProfile:
     return QoSProfile(history=HistoryPolicy.KEEP_ALL, reliability=ReliabilityPolicy.RELIABLE)
 
 
+def reliable_qos() -> QoSProfile:
+    """Offered to reliable and best-effort subscribers alike."""
+    return QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
+
+
 def latched_qos() -> QoSProfile:
     """Who joins late gets the last message."""
     return QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)

@@ -6,6 +6,7 @@ GPU context a runner may hold, never leaves this thread.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -49,7 +50,7 @@ class Worker:
         self._stopping = False
         self._paused = False
         self._opened = threading.Event()
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self.received = 0
         self.dropped = 0
@@ -138,28 +139,25 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            tracker = self._open_tracker()
-            try:
+            with contextlib.closing(self._open_tracker()) as tracker:
                 _warm_up(tracker)
-            except BaseException:
-                tracker.close()
+                self._opened.set()
+                self._serve(Session(tracker, self.ring))
+        except BaseException as error:
+            if self._opened.is_set():
                 raise
-        except Exception as error:  # handed to start()
-            self._failure = error
-            self._opened.set()
-            return
-        session = Session(tracker, self.ring)
-        self._opened.set()
-        try:
-            while (work := self._next()) is not None:
-                try:
-                    report = work(session)
-                    if report is not None:
-                        self._on_report(report)
-                except Exception as error:  # one bad frame or a closed publisher must not end the thread
-                    self._on_error(error)
+            self._failure = error  # start() raises it
         finally:
-            tracker.close()
+            self._opened.set()
+
+    def _serve(self, session: Session) -> None:
+        while (work := self._next()) is not None:
+            try:
+                report = work(session)
+                if report is not None:
+                    self._on_report(report)
+            except Exception as error:  # one bad frame or a closed publisher must not end the thread
+                self._on_error(error)
 
     def _next(self) -> Callable[[Session], Report | None] | None:
         """The next thing to do; None to end."""
