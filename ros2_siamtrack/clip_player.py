@@ -19,8 +19,6 @@ from geometry_msgs.msg import PolygonStamped
 from numpy.typing import NDArray
 from rclpy.clock import Clock, ClockType
 from rclpy.duration import Duration
-from rclpy.exceptions import ParameterException
-from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.task import Future
@@ -31,6 +29,7 @@ from ros2_siamtrack.images import Header
 from ros2_siamtrack.init_publisher import TRACKER, InitPublisher, parse_box
 from ros2_siamtrack.parameters import Parameter
 from ros2_siamtrack.qos import every_message_qos, reliable_qos
+from ros2_siamtrack.running import run_node
 from siamtrack.crop import Image as Pixels
 from siamtrack.scene import Scene
 from siamtrack.sources import FrameSource, open_source
@@ -264,24 +263,14 @@ def make_room_for_images() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``ros2 run siamtrack clip_player``; returns 0 at the clip's end, 2 when it cannot be played."""
     make_room_for_images()
-    rclpy.init(args=arguments)
-    node: ClipPlayer | None = None
-    try:
-        node = ClipPlayer()
-        rclpy.spin_until_future_complete(node, node.done)
-        if node.done.done():
-            node.get_logger().info(f"played {node.done.result()} frames")
-            node.wait_until_delivered()
-    except (ValueError, ParameterException) as error:
-        rclpy.logging.get_logger("clip_player").error(str(error))
-        return 2
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    finally:
-        if node is not None:
-            node.destroy_node()
-        rclpy.try_shutdown()
-    return 0
+    return run_node("clip_player", ClipPlayer, _play, arguments)
+
+
+def _play(node: ClipPlayer) -> None:
+    rclpy.spin_until_future_complete(node, node.done)
+    if node.done.done():
+        node.get_logger().info(f"played {node.done.result()} frames")
+        node.wait_until_delivered()
 
 
 if __name__ == "__main__":

@@ -133,20 +133,36 @@ def _node(name: str, parameters: dict[str, Any], out: Path) -> Iterator[Running]
     for key, value in parameters.items():
         command += ["-p", f"{key}:={json.dumps(value, ensure_ascii=False)}"]  # JSON is YAML; texts stay texts
     log = out / f"{name}.log"
-    with log.open("wb") as file:
-        # A session of its own: Ctrl-C reaches us alone, and we end the nodes in order.
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
-        )
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with _uninterrupted(), log.open("wb") as file:
+            # A session of its own: Ctrl-C reaches us alone, and we end the nodes in order.
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
+            )
         yield Running(name, process, log)
     finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if process is not None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back: one in the middle of a start would leave a process nobody knows of."""
+    held: list[int] = []
+    before = {n: signal.signal(n, lambda number, frame: held.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 def _environment() -> dict[str, str]:

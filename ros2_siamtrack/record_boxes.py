@@ -9,10 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import rclpy
 from geometry_msgs.msg import PolygonStamped
-from rclpy.exceptions import ParameterException
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from visualization_msgs.msg import ImageMarker
 
@@ -20,6 +17,7 @@ from ros2_siamtrack import messages
 from ros2_siamtrack.init_publisher import TRACKER
 from ros2_siamtrack.parameters import Parameter
 from ros2_siamtrack.qos import every_message_qos
+from ros2_siamtrack.running import run_node, spin
 from siamtrack.tracker import Box
 
 HEADER = ("stamp_ns", "frame_id", "x", "y", "w", "h", "score", "state", "received_ns")
@@ -119,6 +117,7 @@ class BoxRecorder(Node):
     def destroy_node(self) -> None:
         """Also finishes the file."""
         self.log.close()
+        print(f"{self.log.written} rows in {self.path}")
         super().destroy_node()
 
     def _on_overlay(self, message: ImageMarker) -> None:
@@ -151,24 +150,7 @@ def _named(box_xywh: Box | None) -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``ros2 run siamtrack record_boxes``; runs until it is stopped."""
-    rclpy.init(args=arguments)
-    node: BoxRecorder | None = None
-    try:
-        node = BoxRecorder()
-        executor = SingleThreadedExecutor()
-        executor.add_node(node)
-        executor.spin()
-    except (ValueError, ParameterException) as error:
-        rclpy.logging.get_logger("record_boxes").error(str(error))
-        return 2
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    finally:
-        if node is not None:
-            node.destroy_node()
-            print(f"{node.log.written} rows in {node.path}")
-        rclpy.try_shutdown()
-    return 0
+    return run_node("record_boxes", BoxRecorder, spin, arguments)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from typing import Any
 import cv2
 import numpy as np
 import rclpy
-from rclpy.exceptions import ParameterException
-from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.utilities import remove_ros_args
 from sensor_msgs.msg import CompressedImage, Image
@@ -23,6 +21,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from ros2_siamtrack.images import RosFrame, parse_compressed_image, parse_image
 from ros2_siamtrack.init_publisher import TRACKER, InitPublisher, parse_box
 from ros2_siamtrack.qos import newest_frame_qos
+from ros2_siamtrack.running import run_node
 from siamtrack.crop import Image as Pixels
 from siamtrack.tracker import Box
 
@@ -163,25 +162,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``ros2 run siamtrack select_target``; returns 2 when the box could not be sent."""
     given = sys.argv if arguments is None else ["select_target", *arguments]
     options = _parser().parse_args(remove_ros_args(given)[1:])
-    rclpy.init(args=given)
-    node: TargetSelector | None = None
-    try:
-        box = parse_box(options.box) if options.box is not None else None
-        node = TargetSelector(options)
-        if box is not None:
-            send_box(node, box, options.timeout)
+
+    def work(node: TargetSelector) -> None:
+        if options.box is not None:
+            send_box(node, parse_box(options.box), options.timeout)
         else:
             run_window(node)
-    except (ValueError, ParameterException) as error:
-        rclpy.logging.get_logger("select_target").error(str(error))
-        return 2
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    finally:
-        if node is not None:
-            node.destroy_node()
-        rclpy.try_shutdown()
-    return 0
+
+    return run_node("select_target", lambda: TargetSelector(options), work, given)
 
 
 if __name__ == "__main__":

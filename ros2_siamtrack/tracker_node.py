@@ -11,12 +11,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import rclpy
 from geometry_msgs.msg import Point, PointStamped
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
-from rclpy.exceptions import ParameterException
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter as RosParameter
 from rclpy.qos import qos_profile_sensor_data
@@ -30,6 +27,7 @@ from ros2_siamtrack.image_input import ImageInput
 from ros2_siamtrack.images import RosFrame
 from ros2_siamtrack.outputs import Outputs
 from ros2_siamtrack.parameters import PARAMETERS, TRACKING_PARAMETERS, refusal, tune
+from ros2_siamtrack.running import run_node, spin
 from siamtrack.bundle import load_bundle
 from siamtrack.camera import Camera
 from siamtrack.runners import open_runner
@@ -300,26 +298,14 @@ def _steady_clock() -> Clock:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of ``ros2 run siamtrack tracker_node``."""
-    rclpy.init(args=arguments)
-    node: TrackerNode | None = None
-    try:
-        node = TrackerNode()
-        if node.get_parameter("autostart").value and node.trigger_configure() == TransitionCallbackReturn.SUCCESS:
-            node.trigger_activate()
-        executor = SingleThreadedExecutor()
-        executor.add_node(node)
-        executor.spin()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    except ParameterException as error:  # a value given at start that cannot be
-        print(f"tracker_node: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if node is not None:
-            node.destroy_node()
-        rclpy.try_shutdown()
-    return 0
+    """Entry point of ``ros2 run siamtrack tracker_node``; runs until it is stopped."""
+    return run_node("tracker_node", TrackerNode, _serve, arguments)
+
+
+def _serve(node: TrackerNode) -> None:
+    if node.get_parameter("autostart").value and node.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+        node.trigger_activate()
+    spin(node)
 
 
 if __name__ == "__main__":

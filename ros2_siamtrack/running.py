@@ -1,0 +1,49 @@
+"""How a node's process begins and ends, once for all nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import rclpy
+from rclpy.exceptions import ParameterException
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.node import Node
+
+N = TypeVar("N", bound=Node)
+
+
+def run_node(name: str, make: Callable[[], N], work: Callable[[N], None], arguments: list[str] | None = None) -> int:
+    """Make a node, let it work, and clean up whatever happens.
+
+    Args:
+        name: in the log, for errors before the node exists.
+        make: the node.
+        work: returns when the node is done; `spin` for one that serves until it is stopped.
+        arguments: of the command line; None for this process's own.
+
+    Returns:
+        Exit status: 0, also when stopped by a signal; 2 when a parameter or argument cannot be used.
+    """
+    rclpy.init(args=arguments)
+    node: N | None = None
+    try:
+        node = make()
+        work(node)
+    except (ValueError, ParameterException) as error:
+        rclpy.logging.get_logger(name).error(str(error))
+        return 2
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    finally:
+        if node is not None:
+            node.destroy_node()
+        rclpy.try_shutdown()
+    return 0
+
+
+def spin(node: Node) -> None:
+    """Serve callbacks until the process is stopped."""
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    executor.spin()
