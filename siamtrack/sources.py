@@ -12,6 +12,7 @@ scaled to 8 bits.
 
 from __future__ import annotations
 
+import abc
 import glob
 import re
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ Image = NDArray[np.uint8]
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
-class FrameSource:
+class FrameSource(abc.ABC):
     """Frames in order, each with its index from 0; a context manager that lets go of the device or file at the end.
 
     Iterate once: a video, a camera and a stream cannot be rewound, so a second pass needs a second `open_source`.
@@ -44,9 +45,10 @@ class FrameSource:
     fps: float | None
     length: int | None
 
-    def __iter__(self) -> Iterator[tuple[int, Image]]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __iter__(self) -> Iterator[tuple[int, Image]]: ...
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Let go of the file or device. Calling it twice does no harm."""
 
@@ -69,6 +71,9 @@ class ImageSource(FrameSource):
     def __iter__(self) -> Iterator[tuple[int, Image]]:
         for index, path in enumerate(self._paths):
             yield index, _read_image(path)
+
+    def close(self) -> None:
+        """Nothing is held open between images."""
 
 
 class CaptureSource(FrameSource):
