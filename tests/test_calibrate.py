@@ -42,9 +42,15 @@ def test_thresholds_lie_where_the_shares_are_reached() -> None:
     thresholds = choose_thresholds(made_up())
     assert thresholds.tracking_above == pytest.approx(0.90, abs=0.04)
     assert thresholds.uncertain_below == pytest.approx(0.75, abs=0.04)
-    assert thresholds.lost_below == pytest.approx(0.50, abs=0.04)
+    assert thresholds.lost_below == pytest.approx(0.25, abs=0.04)
     assert thresholds.lost_after == LOST_AFTER
     assert thresholds.found_above == thresholds.tracking_above  # no absent window scores higher
+
+
+def test_states_do_not_flicker_where_the_score_is_sharp() -> None:
+    scores = np.linspace(0, 1, 1001)
+    thresholds = choose_thresholds(Evidence(scores, np.where(scores > 0.3, 0.9, 0.0), np.zeros(10)))
+    assert (thresholds.uncertain_below, thresholds.tracking_above) == (0.30, 0.35)
 
 
 def test_a_target_found_must_beat_windows_without_it() -> None:
