@@ -12,7 +12,7 @@ view. From both come the thresholds:
 * ``tracking_above``, ``uncertain_below``, ``lost_below``: the scores at which 90 %, 75 % and 25 % of frames are on the
   target; the first lies at least 0.05 over the second, so that the state does not flicker. Ten frames in a row under
   the last make a loss, a third of a second at camera rate.
-* ``found_above``: exceeded by 2 % of windows without the target, and never under ``tracking_above``.
+* ``found_above``: exceeded by 5 % of windows that show another target in its place, and never under ``tracking_above``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HIT_IOU = 0.3
 TRACKING_HITS, CERTAIN_HITS, WEAK_HITS = 0.90, 0.75, 0.25
 HYSTERESIS = 0.05
 RESTART_AFTER = 10  # frames in a row off the target
-FALSE_FINDS = 0.02
+FALSE_FINDS = 0.05
 LOST_AFTER = 10
 NEVER_LOST = Thresholds(tracking_above=0, uncertain_below=0, lost_below=0, lost_after=1, found_above=0)
 HIDDEN_BELOW = 0.1  # a rendered target of which less is visible counts as absent
