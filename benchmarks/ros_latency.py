@@ -59,9 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["ROS_DOMAIN_ID"] = str(os.getpid() % 100)
     try:
         import rclpy
+
+        from ros2_siamtrack.clip_player import make_room_for_images
     except ImportError:
         print("ros_latency: needs rclpy: source a ROS 2 installation, or pip install '.[ros]'", file=sys.stderr)
         return 2
+    make_room_for_images()  # or Fast DDS loses images larger than its 0.5 MB of shared memory
     rclpy.init()
     rows = []
     try:
