@@ -55,14 +55,15 @@ lint: $(VENV)/.dev  ## ruff (rules and format) and mypy
 train-default: $(VENV)/.dev  ## train the shipped model on DATA, export and calibrate it, put it into the package
 	$(VENV)/bin/python -m training.train training/recipes/$(MODEL).yaml --data $(DATA)
 	$(VENV)/bin/siamtrack-export onnx --checkpoint runs/$(MODEL)/last.ckpt --out build/$(MODEL) \
-		--licence LicenseRef-research-only --images $(DATA)/train/photos
+		--licence LicenseRef-research-only --images $(DATA)/train/photos \
+		--note 'command=make train-default' --note 'data=see README.md beside this file'
 	$(VENV)/bin/python -m evaluation.calibrate build/$(MODEL) --sequences $(DATA)/train/videos --write
 	mkdir -p siamtrack/models/$(MODEL)
 	cp build/$(MODEL)/manifest.json build/$(MODEL)/*.onnx siamtrack/models/$(MODEL)/
 	$(VENV)/bin/python -m benchmarks.accuracy --data $(DATA)/dev --model $(MODEL) --peers static --out build --record
 
 bench: $(BENCH_VENV)/.ready  ## accuracy and speed beside OpenCV's own trackers; results in benchmarks/results/
-	$(BENCH_VENV)/bin/python -m benchmarks.accuracy
+	$(BENCH_VENV)/bin/python -m benchmarks.accuracy --data $(DATA)/dev --record
 	$(BENCH_VENV)/bin/python -m benchmarks.latency
 
 clean:  ## remove the environments, builds, caches and demo/; runs/ stays

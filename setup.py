@@ -76,12 +76,12 @@ EXTRAS = {
 setup(
     name=NAME,
     version=read_version(),
-    description="Siamese single-object tracking in Python and ROS 2, on ONNX Runtime or TensorRT",
+    description="Siamese single-object tracking in Python and ROS 2, on ONNX Runtime",
     long_description=read_readme(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     maintainer="siamtrack maintainers",
-    maintainer_email="maintainers@siamtrack.dev",
+    maintainer_email="maintainers@siamtrack.invalid",
     python_requires=">=3.10",
     # training/, evaluation/ and benchmarks/ run from the checkout and are not installed.
     packages=find_packages(

@@ -93,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         bundle = load_bundle(options.bundle)
         held_out = bundle.manifest.provenance.get("validation_videos", "").split()
-        clips = load_clips(options.sequences, options.names or held_out, options.scenes)
+        present = [name for name in held_out if (options.sequences / name).is_dir()]
+        clips = load_clips(options.sequences, options.names or present, options.scenes)
     except (ValueError, OSError) as error:
         print(f"calibrate: {error}", file=sys.stderr)
         return 2

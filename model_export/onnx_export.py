@@ -174,9 +174,16 @@ def _specs(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
 
 
 def _git_commit() -> dict[str, str]:
-    here = Path(__file__).parent
+    """The checkout's commit; nothing where this package is installed, perhaps inside a repository of the user's."""
+    checkout = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
     try:
-        run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != checkout:
+            return {}
+        return {"git_commit": git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")}
     except (OSError, subprocess.CalledProcessError):
         return {}
-    return {"git_commit": run.stdout.strip()}

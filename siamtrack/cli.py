@@ -6,8 +6,9 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from siamtrack.drawing import VideoWriter, contact_sheet, draw_track
 from siamtrack.runners import BACKENDS
 from siamtrack.scene import Scene
 from siamtrack.sources import FrameSource, open_source
-from siamtrack.tracker import SiamTracker, Track
+from siamtrack.tracker import SiamTracker
 from siamtrack.version import __version__
 
 CSV_HEADER = ("frame", "x", "y", "w", "h", "score", "state")
 SHEET_TILES = 12
+TIMED_FRAMES = 100_000  # the newest ones, so that an endless stream fits in memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,11 +102,11 @@ def _open_tracker(options: argparse.Namespace) -> SiamTracker:
 def _track(options: argparse.Namespace) -> int:
     if options.init is None and not options.show:
         raise ValueError("which target? give --init X,Y,W,H, or --show to drag a box in a window")
-    tracks: list[Track] = []
-    seconds: list[float] = []
+    states: Counter[str] = Counter()
+    seconds: deque[float] = deque(maxlen=TIMED_FRAMES)
     kept: dict[int, Image] = {}  # thinned out as the clip goes on, so that an endless stream fits in memory
     stride = 1
-    with ExitStack() as stack:
+    with ExitStack() as stack, _ended_by_ctrl_c() as stopped:
         source = stack.enter_context(open_source(options.source))
         tracker = _open_tracker(options)
         stack.callback(tracker.close)
@@ -120,7 +122,7 @@ def _track(options: argparse.Namespace) -> int:
             else:
                 track = tracker.update(frame)
                 seconds.append(time.perf_counter() - began)
-            tracks.append(track)
+            states[str(track.state)] += 1
             if rows is not None:
                 rows.writerow((index, *(f"{v:.2f}" for v in track.box_xywh), f"{track.score:.4f}", track.state))
             if writer is not None or options.show or (options.sheet and index % stride == 0):
@@ -136,18 +138,27 @@ def _track(options: argparse.Namespace) -> int:
                     break
             bar.update()
             bar.set_postfix_str(f"{track.state} {track.score:.2f}", refresh=False)
-    _summarise(tracks, seconds)
-    if options.sheet:
+    _summarise(states, seconds)
+    if options.sheet and kept:
         _write_sheet(options.sheet, kept)
     for path in (options.out, options.save_video, options.sheet):
         if path:
             print(f"wrote {path}")
-    return 0
+    return 130 if stopped else 0
 
 
-def _summarise(tracks: Sequence[Track], seconds: Sequence[float]) -> None:
-    shares = {state: sum(t.state == state for t in tracks) for state in ("TRACKING", "UNCERTAIN", "LOST")}
-    print(f"{len(tracks)} frames: " + ", ".join(f"{state} {count}" for state, count in shares.items() if count))
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[list[bool]]:
+    """Ctrl-C is how an endless stream ends: leave the block, and say so by a list that is no longer empty."""
+    stopped: list[bool] = []
+    try:
+        yield stopped
+    except KeyboardInterrupt:
+        stopped.append(True)
+
+
+def _summarise(states: Counter[str], seconds: Sequence[float]) -> None:
+    print(f"{states.total()} frames: " + ", ".join(f"{state} {count}" for state, count in states.most_common()))
     if seconds:
         ranked = sorted(seconds)
         p50, p95 = (1e3 * ranked[int(share * (len(ranked) - 1))] for share in (0.5, 0.95))
@@ -159,7 +170,11 @@ def _write_sheet(path: Path, images: dict[int, Image]) -> None:
     chosen = [indices[i * (len(indices) - 1) // max(SHEET_TILES - 1, 1)] for i in range(min(SHEET_TILES, len(indices)))]
     chosen = sorted(set(chosen))
     sheet = contact_sheet([images[i] for i in chosen], [f"frame {i}" for i in chosen])
-    if not cv2.imwrite(str(path), sheet):
+    try:
+        written = cv2.imwrite(str(path), sheet)
+    except cv2.error:  # an extension it does not know
+        written = False
+    if not written:
         raise ValueError(f"cannot write {path}: check the folder and that the name ends in .png or .jpg")
 
 
@@ -177,8 +192,11 @@ def _total(source: FrameSource, limit: int | None) -> int | None:
 
 def _drag_box(frame: Image) -> tuple[float, float, float, float]:
     title = "drag a box round the target, then press Enter"
-    x, y, w, h = cv2.selectROI(title, frame, showCrosshair=False)
-    cv2.destroyWindow(title)
+    try:
+        x, y, w, h = cv2.selectROI(title, frame, showCrosshair=False)
+        cv2.destroyWindow(title)
+    except cv2.error as error:
+        raise _no_window(error) from error
     if not w or not h:
         raise ValueError("no box was drawn")
     return float(x), float(y), float(w), float(h)
@@ -189,9 +207,11 @@ def _show(title: str, image: Image) -> bool:
         cv2.imshow(title, image)
         return (cv2.waitKey(1) & 0xFF) not in (ord("q"), 27)
     except cv2.error as error:
-        raise ValueError(
-            f"--show needs a screen and an OpenCV with windows (opencv-python, not -headless): {error}"
-        ) from error
+        raise _no_window(error) from error
+
+
+def _no_window(error: cv2.error) -> ValueError:
+    return ValueError(f"--show needs a screen and an OpenCV with windows (opencv-python, not -headless): {error}")
 
 
 def _demo(options: argparse.Namespace) -> int:

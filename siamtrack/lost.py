@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 from siamtrack.crop import Window, square_window
@@ -30,10 +29,16 @@ def search_windows(
     rings = int(max(cx, width - cx, cy, height - cy) / step) + 1
     while True:
         for ring in range(rings + 1):
-            for row, column in itertools.product(range(-ring, ring + 1), repeat=2):
-                if max(abs(row), abs(column)) != ring:
-                    continue
+            for row, column in _ring(ring):
                 x, y = cx + column * step, cy + row * step
                 # Half a step beyond the edge, or a strip of the image between the last tile and the edge stays unseen.
                 if -step / 2 <= x <= width + step / 2 and -step / 2 <= y <= height + step / 2:
                     yield square_window(min(max(x, 0.0), width), min(max(y, 0.0), height), side_px)
+
+
+def _ring(ring: int) -> Iterator[tuple[int, int]]:
+    """Rows and columns of the tiles exactly `ring` steps away, in reading order."""
+    for row in range(-ring, ring + 1):
+        edge = abs(row) == ring
+        for column in range(-ring, ring + 1) if edge else (-ring, ring):
+            yield row, column

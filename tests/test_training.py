@@ -545,7 +545,7 @@ PLAIN: dict[str, Any] = {"negative": 0.0, "distractor": 0.0, "occluder": 0.0, "r
 
 
 def sampler(tracks: Tracks, **config: Any) -> PairSampler:
-    return PairSampler(*tracks, PairConfig(**config), ImageCache(0.1))
+    return PairSampler(*tracks, PairConfig(**config), ImageCache(0.1), 127, 255)
 
 
 def draw(pair_sampler: PairSampler, number: int) -> list[Pair]:
@@ -583,7 +583,7 @@ def test_sample_shapes_and_collate(tracks: Tracks) -> None:
 
 @pytest.mark.parametrize("kind", ["video", "still", "cutout", "region"])
 def test_each_kind_alone_draws_valid_pairs(tracks: Tracks, kind: str) -> None:
-    for pair in draw(sampler(tracks, mix={kind: 1.0}), 12):
+    for pair in draw(sampler(tracks, mix={kind: 1.0}, negative=0.0), 12):
         cx, cy, w, h = pair.box_cxcywh
         assert pair.template.shape == (127, 127, 3)
         assert pair.search.shape == (255, 255, 3)
@@ -653,6 +653,30 @@ def test_video_pairs_come_from_two_frames_in_range(tracks: Tracks, monkeypatch: 
     assert set(gaps.tolist()) == {0, 1, 2}
 
 
+def test_negative_pairs_show_another_source(tracks: Tracks, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources: list[str] = []
+    original = PairSampler._draw_kind
+
+    def noted(self: PairSampler, kind: str, rng: np.random.Generator) -> Any:
+        drawn = original(self, kind, rng)
+        sources.append(drawn[3])
+        return drawn
+
+    monkeypatch.setattr(PairSampler, "_draw_kind", noted)
+    always = sampler(tracks, mix=ALL, **{**PLAIN, "negative": 1.0})
+    for i in range(40):
+        sources.clear()
+        always.draw(np.random.default_rng([3, i]))
+        assert sources[0] != sources[-1]
+
+
+def test_a_single_video_gives_no_negative_pairs(tracks: Tracks) -> None:
+    videos, _, _ = tracks
+    one = [t for t in videos if t.name.split(":")[0] == videos[0].name.split(":")[0]]
+    with pytest.raises(ValueError, match="set `negative` to 0 or add data"):
+        PairSampler(one, [], [], PairConfig(mix={"video": 1.0}, negative=0.1), ImageCache(0.1), 127, 255)
+
+
 def test_negative_pairs_are_all_background(tracks: Tracks) -> None:
     samples = [dataset(sampler(tracks, mix=ALL, negative=1.0), positives=0, negatives=0)[i] for i in range(6)]
     assert not any(s["positive"] for s in samples)
@@ -690,7 +714,7 @@ def test_pasted_objects_spare_or_cover_the_target(tracks: Tracks, extra: str, mo
     foreign = Track("f", (painted(root / "foreign.png", (100, 80, 60, 48), (40, 200, 40)),), (0,))
     target = Track("t", (Sighting(root / "s0.png", (100.0, 80.0, 60.0, 48.0)),), (0,))
     config = PairConfig(mix={"video": 1.0}, **{**PLAIN, extra: 1.0})
-    pair_sampler = PairSampler([target], [foreign], photos, config, ImageCache(0.1))
+    pair_sampler = PairSampler([target], [foreign], photos, config, ImageCache(0.1), 127, 255)
     greens, covered = 0, []
     for pair in draw(pair_sampler, 12):
         green = np.abs(pair.search.astype(int) - (40, 200, 40)).max(axis=2) < 40
@@ -725,7 +749,7 @@ def test_mix_the_data_cannot_serve(tracks: Tracks, mix: dict[str, float], data: 
         "no outlines": (bare, [], photos),
     }
     with pytest.raises(ValueError, match=message):
-        PairSampler(*choices[data], PairConfig(mix=mix), ImageCache(0.1))
+        PairSampler(*choices[data], PairConfig(mix=mix), ImageCache(0.1), 127, 255)
 
 
 @pytest.mark.parametrize("mix", [{}, {"video": 0.0}, {"film": 1.0}, {"video": -1.0}])

@@ -82,9 +82,10 @@ class SiameseModule(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop a step with a gradient that is not finite: zero times NaN is NaN, so a zero loss alone stops none.
+        """Zero a gradient that is not finite: zero times NaN is NaN, so a zero loss alone stops none.
 
-        Gradients are already shared between processes here, so all of them drop the same step.
+        What momentum and weight decay then still do is harmless. Gradients are already shared between processes here,
+        so all of them do the same.
         """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if not all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients)):
@@ -180,10 +181,16 @@ class PairDataModule(L.LightningDataModule):
         images = ImageCache(data.cache_gb)
         training = [t for t in videos if not is_held_out(t)]
         self._training = PairSampler(training, usable(stills), photos, data.pairs, images, *self._sides())
-        clean = dataclasses.replace(
-            data.pairs, mix={"video": 1.0}, distractor=0.0, occluder=0.0, negative=0.3, rotation=0.0, flip=0.0
-        )
         validation = [t for t in videos if is_held_out(t)]
+        clean = dataclasses.replace(
+            data.pairs,
+            mix={"video": 1.0},
+            distractor=0.0,
+            occluder=0.0,
+            negative=0.3 if len(held_out) > 1 else 0.0,
+            rotation=0.0,
+            flip=0.0,
+        )
         self._validation = PairSampler(validation, [], photos, clean, images, *self._sides()) if validation else None
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -7,7 +7,7 @@ seen, with any number of processes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from training.labels import Labels, Points, sample, siamcan_labels
 
 Rng = np.random.Generator
 CxCyWH = tuple[float, float, float, float]
+Drawn = tuple[NDArray[np.uint8], NDArray[np.uint8], CxCyWH, str]
 DEFAULT_MIX = {"video": 0.40, "still": 0.27, "cutout": 0.25, "region": 0.08}
 KINDS = tuple(DEFAULT_MIX)
 OBJECT_PX = 8  # an outlined object thinner than this is not worth lifting
@@ -50,9 +51,7 @@ class PairConfig:
         flip: chance that the search crop is mirrored left to right: another side of the same thing.
     """
 
-    mix: dict[str, float] = field(
-        default_factory=lambda: {"video": 0.40, "still": 0.27, "cutout": 0.25, "region": 0.08}
-    )
+    mix: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
     negative: float = 0.12
     frame_range: int = 100
     distractor: float = 0.25
@@ -102,8 +101,8 @@ class PairSampler:
         photos: Sequence[Path],
         config: PairConfig,
         images: ImageCache,
-        template_px: int = 127,
-        search_px: int = 255,
+        template_px: int,
+        search_px: int,
     ) -> None:
         self.config, self.images = config, images
         self.template_px, self.search_px = template_px, search_px
@@ -111,6 +110,7 @@ class PairSampler:
         for track in videos:
             by_video[track.name.split(":")[0]].append(track)
         self._videos = list(by_video.values())
+        self._video_names = {s.image: t.name.split(":")[0] for t in videos for s in t.sightings}
         lengths = np.sqrt([sum(len(t.sightings) for t in tracks) for tracks in self._videos])
         self._video_share = lengths / lengths.sum() if len(lengths) else lengths
         self._stills = [track.sightings[0] for track in stills]
@@ -134,15 +134,17 @@ class PairSampler:
         empty = [kind for kind in shares if not available[kind]]
         if empty:
             raise ValueError(f"the mix asks for {', '.join(empty)} pairs but the data has none; set their share to 0")
+        if config.negative and len(self._sources(shares)) < 2:
+            raise ValueError("negative pairs need two videos or photos: set `negative` to 0 or add data")
         self._kinds = list(shares)
         self._kind_share = np.array(list(shares.values())) / sum(shares.values())
 
     def draw(self, rng: Rng) -> Pair:
         """One random pair."""
-        template, search, box = self._draw_kind(self._draw_kind_name(rng), rng)
+        template, search, box, source = self._draw_kind(self._draw_kind_name(rng), rng)
         positive = rng.random() >= self.config.negative
         if not positive:
-            _, search, box = self._draw_kind(self._draw_kind_name(rng), rng)
+            search, box = self._draw_foreign(source, rng)
         if rng.random() < self.config.flip:
             search, box = np.ascontiguousarray(search[:, ::-1]), (self.search_px - box[0], *box[1:])
         if rng.random() < self.config.distractor:
@@ -151,10 +153,29 @@ class PairSampler:
             self._add_occluder(search, box, rng)
         return Pair(photometric(template, rng), photometric(search, rng), np.array(box), positive)
 
+    def _draw_foreign(self, source: str, rng: Rng) -> tuple[NDArray[np.uint8], CxCyWH]:
+        """A search crop from another video or photo than `source`: the same one might show the target too."""
+        while True:
+            _, search, box, other = self._draw_kind(self._draw_kind_name(rng), rng)
+            if other != source:
+                return search, box
+
+    def _sources(self, kinds: Collection[str]) -> set[str]:
+        """Videos and photos that these kinds of pairs are drawn from."""
+        seen = {"video": [t.sightings[0] for tracks in self._videos for t in tracks], "still": self._stills}
+        seen["cutout"] = [s for group in self._outlined for s in group]
+        sources = {self._source_of(s) for kind in kinds for s in seen.get(kind, ())}
+        return sources | ({str(p) for p in self._photos} if "region" in kinds else set())
+
+    def _source_of(self, seen: Sighting) -> str:
+        """The video or photo a sighting is from."""
+        return self._video_names.get(seen.image, str(seen.image))
+
     def _draw_kind_name(self, rng: Rng) -> str:
         return self._kinds[rng.choice(len(self._kinds), p=self._kind_share)]
 
-    def _draw_kind(self, kind: str, rng: Rng) -> tuple[NDArray[np.uint8], NDArray[np.uint8], CxCyWH]:
+    def _draw_kind(self, kind: str, rng: Rng) -> Drawn:
+        """Template crop, search crop, the target's box in it, and the video or photo it is from."""
         if kind == "cutout":
             return self._draw_cutout(rng)
         if kind == "video":
@@ -173,7 +194,7 @@ class PairSampler:
         search, box = self._view(later, self.search_px, self.config.search, rng)
         if rng.random() < self.config.rotation:
             search, box = rotate(search, box, rng.uniform(-1, 1) * self.config.rotation_deg)
-        return template, search, box
+        return template, search, box, self._source_of(seen)
 
     def _view(self, seen: Sighting, size_px: int, jitter: Jitter, rng: Rng) -> tuple[NDArray[np.uint8], CxCyWH]:
         image = self.images.bgr(seen.image)
@@ -199,13 +220,14 @@ class PairSampler:
         left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
         return crop(image, Window(left, top, side, side), self.search_px, (0, 0, 0))
 
-    def _draw_object(self, rng: Rng) -> Cutout:
-        """A random outlined object."""
+    def _draw_object(self, rng: Rng) -> tuple[Cutout, str]:
+        """A random outlined object, and the video or photo it is from."""
         for _ in range(OBJECT_TRIES):
             group = self._outlined[rng.choice(len(self._outlined), p=self._outlined_share)]
-            cutout = self._lift(group[int(rng.integers(len(group)))])
+            seen = group[int(rng.integers(len(group)))]
+            cutout = self._lift(seen)
             if cutout is not None:
-                return cutout
+                return cutout, self._source_of(seen)
         raise ValueError(f"of {OBJECT_TRIES} outlined objects drawn none is {OBJECT_PX} px large inside its photo")
 
     def _lift(self, seen: Sighting) -> Cutout | None:
@@ -225,10 +247,10 @@ class PairSampler:
         tight = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         return Cutout(image[y0:y1, x0:x1][tight], alpha[tight])
 
-    def _draw_cutout(self, rng: Rng) -> tuple[NDArray[np.uint8], NDArray[np.uint8], CxCyWH]:
+    def _draw_cutout(self, rng: Rng) -> Drawn:
         """One object on two backgrounds, on the scale tracking would show it at."""
         config = self.config
-        cutout = self._draw_object(rng)
+        cutout, source = self._draw_object(rng)
         height, width = cutout.alpha.shape
         scale = self.template_px / context_size(width, height)
         background = self._draw_background(rng)
@@ -245,14 +267,14 @@ class PairSampler:
         centre = self.search_px / 2 + rng.uniform(-config.search.shift_px, config.search.shift_px, 2)
         angle = rng.uniform(-1, 1) * config.rotation_deg if rng.random() < config.rotation else 0.0
         box = paste(background, cutout, (centre[0], centre[1]), size, angle)
-        return (template, background, box) if box is not None else self._draw_cutout(rng)
+        return (template, background, box, source) if box is not None else self._draw_cutout(rng)
 
     def _add_distractors(self, search: NDArray[np.uint8], box: CxCyWH, rng: Rng) -> None:
         """Foreign objects of about the target's size beside it."""
         if not self._outlined:
             return
         for _ in range(int(rng.integers(1, 3))):
-            cutout = self._draw_object(rng)
+            cutout, _ = self._draw_object(rng)
             size = self._size_like(cutout, box, rng)
             centre = rng.uniform(0, self.search_px, 2)
             clear_x = (size[0] + box[2]) / 2 * 0.9
@@ -264,7 +286,7 @@ class PairSampler:
         """A foreign object over one side of the target, hiding up to about half of it."""
         if not self._outlined:
             return
-        cutout = self._draw_object(rng)
+        cutout, _ = self._draw_object(rng)
         size = self._size_like(cutout, box, rng)
         direction = rng.uniform(0, 2 * np.pi)
         centre_x = box[0] + np.cos(direction) * (box[2] + size[0]) / 2 * rng.uniform(0.55, 0.95)

@@ -103,9 +103,11 @@ def check_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
         )
 
 
-def all_devices() -> int:
-    """Every GPU; on a CPU one process a core, up to 4."""
-    return torch.cuda.device_count() or min(os.cpu_count() or 1, 4)
+def all_devices(batch_size: int) -> int:
+    """As many GPUs, or on a CPU cores up to 4, as split a batch evenly."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = torch.cuda.device_count() or min(cores, 4)
+    return max(count for count in range(1, most + 1) if batch_size % count == 0)
 
 
 def keep_freed_memory() -> None:
@@ -130,7 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, help="YAML file, see training/recipes/")
     parser.add_argument("--data", type=Path, required=True, help="folder the recipe's data paths are relative to")
     parser.add_argument("--out", type=Path, help="run folder (default runs/<recipe name>)")
-    parser.add_argument("--devices", type=int, default=0, help="GPUs, or processes on a CPU (default: all)")
+    parser.add_argument(
+        "--devices", type=int, default=0, help="GPUs, or CPU processes (default: all that split the batch)"
+    )
     parser.add_argument("--seed", type=int, help="replace the recipe's seed")
     parser.add_argument("--epochs", type=int, help="replace the recipe's epochs")
     parser.add_argument("--fresh", action="store_true", help="start over even if the run has a checkpoint")
@@ -139,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or Path("runs") / options.recipe.stem
     try:
         recipe = load_recipe(options.recipe, overrides)
-        last = train(recipe, options.data, out, options.devices or all_devices(), resume=not options.fresh)
+        devices = options.devices or all_devices(recipe.batch_size)
+        last = train(recipe, options.data, out, devices, resume=not options.fresh)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

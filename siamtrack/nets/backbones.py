@@ -114,7 +114,7 @@ class MobileNetV2(nn.Module):
 
     A tracker fine-tunes the backbone with frozen statistics, so folding loses nothing and saves a third of the memory
     traffic. Symmetric padding keeps features centred: cell ``i`` of stride ``s`` lies on pixel ``s i`` for inputs of
-    127 and 255 pixels.
+    127 and 223 pixels.
     """
 
     # Outputs, blocks, stride and expansion of each stage (Sandler et al. 2018, table 2, up to stride 16). The last

@@ -196,14 +196,16 @@ class SiamCANEdge(nn.Module):
     branch, circle and ellipse labels, DIoU regression. What deviates, and why:
 
     * MobileNetV2 to stride 16 in place of ResNet-50; its stride-8 features, taken in by a 2x2 convolution, stand for
-      the second level, so small targets keep detail.
+      the second level, so small targets keep detail. The two are added before correlation, not fused after it.
     * A search crop of 223 in place of 255 pixels on the same scale: a quarter less to compute, and the target may still
       move by 1.2 times its size between frames.
     * Pixelwise in place of depthwise correlation, shared by the branches: every search cell against each of the 49
-      template cells. It generalised far better from little data, at a third of the head's cost. The channel weights v
-      then fold into the kernel, ``z (v x) = (v z) x``, and the search graph never sees them.
+      template cells. It learns less of what training targets look like. The channel weights v then fold into the
+      kernel, ``z (v x) = (v z) x``, and the search graph never sees them.
     * Depthwise-separable towers, because the correlation map carries position, not appearance, and must be read
-      spatially; one sigmoid logit in place of two softmax ones.
+      spatially; one sigmoid logit in place of two softmax ones, distances of ``32 exp(raw)`` without a learnt scale.
+    * Training (`training/recipes/siamcan-mobilenetv2.yaml`): focal loss over all cells in place of sampled, balanced
+      cross-entropy, and the cell nearest to the centre always positive, or a small target would have none.
     """
 
     template_size, search_size = 127, 223
