@@ -65,6 +65,7 @@ train-default: $(VENV)/.dev  ## train the shipped model on DATA, export and cali
 bench: $(BENCH_VENV)/.ready  ## accuracy and speed beside OpenCV's own trackers; results in benchmarks/results/
 	$(BENCH_VENV)/bin/python -m benchmarks.accuracy --data $(DATA)/dev --record
 	$(BENCH_VENV)/bin/python -m benchmarks.latency
+	$(BENCH_VENV)/bin/python -m benchmarks.footprint
 
 clean:  ## remove the environments, builds, caches and demo/; runs/ stays
 	rm -rf $(VENV) $(BENCH_VENV) $(ROS_VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
