@@ -22,11 +22,12 @@ from siamtrack.plain import to_plain
 from training import pairs as pairs_module
 from training.augment import Cutout, Jitter, jittered_window, motion_blur, paste, photometric, rotate
 from training.data import Mask, Sighting, Track, list_images, read_coco, read_stills, read_video, usable
+from training.dataset import EpochSampler, LabelConfig, PairDataset, collate
 from training.images import ImageCache
 from training.labels import sample, siamcan_labels
 from training.losses import balanced_cross_entropy, diou_loss, focal_loss
 from training.module import lr_factor
-from training.pairs import EpochSampler, LabelConfig, Pair, PairConfig, PairDataset, PairSampler, collate
+from training.pairs import Pair, PairConfig, PairSampler
 from training.recipe import OptimConfig, load_recipe, recipe_from_dict
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"

@@ -18,9 +18,10 @@ from siamtrack.nets.backbones import MobileNetV2, ResNet50Dilated, load_mobilene
 from siamtrack.nets.decode import SearchGraph, TemplateGraph, decode_boxes, normalise
 from siamtrack.sources import list_images
 from training.data import Track, read_coco, read_stills, read_video, usable
+from training.dataset import EpochSampler, PairDataset, collate
 from training.images import ImageCache
 from training.losses import balanced_cross_entropy, diou_loss, focal_loss
-from training.pairs import EpochSampler, PairDataset, PairSampler, collate
+from training.pairs import PairSampler
 from training.recipe import OptimConfig, Recipe, recipe_from_dict
 
 Batch = dict[str, Tensor]

@@ -11,7 +11,8 @@ import yaml
 
 from siamtrack.nets import MODELS
 from siamtrack.plain import from_plain
-from training.pairs import LabelConfig, PairConfig
+from training.dataset import LabelConfig
+from training.pairs import PairConfig
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
