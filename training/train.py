@@ -114,7 +114,7 @@ def keep_freed_memory() -> None:
     """Make glibc keep freed blocks instead of handing them back to the kernel.
 
     Feature maps are megabytes, allocated and freed each step; mapping them anew costs more than the convolution that
-    fills them (measured on a CPU: frozen stem 8.0 to 4.5 ms an image). Does nothing on another C library.
+    fills them. Does nothing on another C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

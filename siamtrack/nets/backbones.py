@@ -112,13 +112,13 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2 1.0 to stride 16, BatchNorm folded into the convolutions.
 
-    A tracker fine-tunes the backbone with frozen statistics, so folding loses nothing and saves a third of the memory
+    A tracker fine-tunes the backbone with frozen statistics, so folding loses nothing and saves memory
     traffic. Symmetric padding keeps features centred: cell ``i`` of stride ``s`` lies on pixel ``s i`` for inputs of
     127 and 223 pixels.
     """
 
     # Outputs, blocks, stride and expansion of each stage (Sandler et al. 2018, table 2, up to stride 16). The last
-    # stage keeps two of its three blocks: the third would cost a tenth more time.
+    # stage keeps two of its three blocks: without the third the network is cheaper.
     STAGES = ((16, 1, 1, 1), (24, 2, 2, 6), (32, 3, 2, 6), (64, 4, 2, 6), (96, 2, 1, 6))
 
     def __init__(self) -> None:

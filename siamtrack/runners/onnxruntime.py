@@ -25,7 +25,7 @@ class OnnxRuntimeRunner:
     Args:
         bundle: a verified bundle.
         threads: threads a graph may use; 0 takes the available cores, up to 4.
-        spinning: let threads spin between the operations of a run, which is a fifth faster. They stop with the run:
+        spinning: let threads spin between the operations of a run, which is faster. They stop with the run:
             threads that spin on would take the cores from everything else.
 
     Raises:
