@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,9 +17,10 @@ from torch.nn import functional
 
 from siamtrack.nets import MODELS
 from siamtrack.nets.attention import ChannelAttention, SpatialAttention
-from siamtrack.nets.backbones import MobileNetV2, ResNet50Dilated, load_mobilenetv2_imagenet, load_resnet50_imagenet
+from siamtrack.nets.backbones import MobileNetV2, ResNet50Dilated
 from siamtrack.nets.correlation import DEPTHWISE_FORMS, pixelwise
 from siamtrack.nets.decode import (
+    AnchorFree,
     Grid,
     Normalisation,
     RawMaps,
@@ -31,16 +31,8 @@ from siamtrack.nets.decode import (
     size_penalty,
     target_probability,
 )
+from siamtrack.nets.pretrained import load_mobilenetv2_imagenet, load_resnet50_imagenet
 from siamtrack.nets.siamcan import SiamCAN, SiamCANConfig, SiamCANEdge, SiamCANEdgeConfig
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On shared cores threads mostly wait for each other: fifty times slower beside another job."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -314,7 +306,7 @@ def edge() -> SiamCANEdge:
 def test_edge_shapes(edge: SiamCANEdge) -> None:
     with torch.no_grad():
         template = edge.template(rand(2, 3, 127, 127))
-        raw = edge.search(rand(2, 3, 223, 223, seed=1), *template)
+        raw = edge.search(rand(2, 3, 209, 209, seed=1), *template)
     assert [tuple(t.shape) for t in template] == [(2, 49, 96)]
     assert edge.template_names == ("kernel",)
     assert raw.logits.shape == (2, 1, 14, 14)
@@ -348,6 +340,38 @@ def test_edge_blocks_and_channels_set_the_size() -> None:
     block = (9 * width + 2 * width) + (width * width + 2 * width)  # depthwise 3x3 + BN, 1x1 + BN
     assert deeper - default == 2 * block
     assert wider > default
+
+
+def test_edge_weights_keep_their_names() -> None:
+    """Checkpoints of the shipped model must go on loading: its parameters, and their shapes, are a file format."""
+    with torch.device("meta"):
+        state = {name: tuple(value.shape) for name, value in SiamCANEdge().state_dict().items()}
+
+    def norm(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
+        parts = ("weight", "bias", "running_mean", "running_var")
+        return {**{f"{prefix}.{part}": (width,) for part in parts}, f"{prefix}.num_batches_tracked": ()}
+
+    head: dict[str, tuple[int, ...]] = {
+        "neck8.weight": (96, 32, 2, 2),
+        "neck16.weight": (96, 96, 1, 1),
+        "attention.conv.weight": (1, 1, 5),
+        "mix.0.weight": (96, 49, 1, 1),
+        **norm("neck_norm", 96),
+        **norm("mix.1", 96),
+    }
+    for branch, outputs in (("cls", 1), ("loc", 4)):
+        head |= {
+            f"{branch}.spatial.conv.weight": (1, 2, 7, 7),
+            f"{branch}.predict.weight": (outputs, 96, 1, 1),
+            f"{branch}.predict.bias": (outputs,),
+        }
+        for i in range(6):
+            head[f"{branch}.tower.{i}.0.weight"] = (96, 96, 1, 1) if i % 2 else (96, 1, 3, 3)
+            head |= norm(f"{branch}.tower.{i}.1", 96)
+    assert {name: shape for name, shape in state.items() if not name.startswith("backbone.")} == head
+    backbone = {name.removeprefix("backbone.") for name in state} & set(MobileNetV2().state_dict())
+    assert backbone == {n.removeprefix("backbone.") for n in state if n.startswith("backbone.")}
+    assert {"stem.conv.weight", "stages.1.0.expand.conv.bias", "stages.4.1.project.weight"} <= backbone
 
 
 def test_edge_template_kernel_holds_the_attended_cells(edge: SiamCANEdge) -> None:
@@ -693,6 +717,7 @@ class FixedMaps(nn.Module):
     def __init__(self, grid: Grid, logits: Tensor, ltrb: Tensor) -> None:
         super().__init__()
         self.grid, self.logits, self.ltrb = grid, logits, ltrb
+        self.decoder = AnchorFree(grid)
 
     def template(self, image: Tensor) -> tuple[Tensor, ...]:
         return (image.mean(dim=(1, 2, 3))[:, None, None, None],)
@@ -744,6 +769,89 @@ def test_score_is_raw_and_penalty_decides() -> None:
     assert float(factor) == pytest.approx(math.exp(-0.5))
     assert float(score) == pytest.approx(0.8) == pytest.approx(float(response[0, 10, 10]))
     assert float(response[0, 4, 4]) == pytest.approx(0.9)
+
+
+def numbered_maps(cells: list[dict[tuple[int, int], float]]) -> RawMaps:
+    """Given probabilities, 0.01 elsewhere; a box's width and height tell which cell of which sample it is of."""
+    logits = torch.cat([peaks(sample, GRID) for sample in cells])
+    number = torch.arange(len(cells) * 625, dtype=torch.float32).reshape(len(cells), 1, 25, 25)
+    return RawMaps(logits, (1 + number / 2).repeat(1, 4, 1, 1))
+
+
+def mean_box(cells: list[tuple[int, int]], sample: int = 0) -> list[float]:
+    sides = [2 + sample * 625 + 25 * row + column for row, column in cells]
+    x, y, side = (sum(v) / len(cells) for v in ([c for _, c in cells], [r for r, _ in cells], sides))
+    return [31.5 + 8 * x, 31.5 + 8 * y, side, side]
+
+
+NO_PENALTY = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("cells", "averaged"),
+    [
+        # A second peak far away is better than the neighbours, and no part of the mean (SiamLA erratum L14).
+        (
+            {(10, 10): 0.9, (10, 11): 0.8, (9, 9): 0.7, (11, 10): 0.6, (2, 2): 0.85, (10, 12): 0.84},
+            [(10, 10), (10, 11), (9, 9)],
+        ),
+        # In a corner three neighbours are there; the cells before and after in memory lie at the other end of a row.
+        ({(0, 0): 0.9, (0, 1): 0.5, (1, 1): 0.4, (1, 0): 0.3, (0, 24): 0.8, (1, 24): 0.8}, [(0, 0), (0, 1), (1, 1)]),
+        (
+            {(24, 24): 0.9, (24, 23): 0.2, (23, 23): 0.4, (23, 24): 0.3, (24, 0): 0.8, (23, 0): 0.8},
+            [(24, 24), (23, 23), (23, 24)],
+        ),
+        ({(7, 0): 0.9, (6, 24): 0.8, (7, 24): 0.8, (8, 1): 0.5, (6, 0): 0.4}, [(7, 0), (8, 1), (6, 0)]),
+        ({(0, 24): 0.9, (1, 0): 0.8, (0, 23): 0.3, (1, 23): 0.2}, [(0, 24), (0, 23), (1, 23)]),
+    ],
+    ids=["inside", "first corner", "last corner", "left edge", "right corner"],
+)
+def test_box_is_the_mean_of_the_best_three_neighbours(
+    cells: dict[tuple[int, int], float], averaged: list[tuple[int, int]]
+) -> None:
+    choice = AnchorFree(GRID, average=3)(numbered_maps([cells]), torch.full((1, 2), 40.0), NO_PENALTY)
+    assert choice.box[0].tolist() == pytest.approx(mean_box(averaged))
+    assert float(choice.score) == pytest.approx(0.9)  # of the best cell alone
+    alone = AnchorFree(GRID)(numbered_maps([cells]), torch.full((1, 2), 40.0), NO_PENALTY)
+    assert alone.box[0].tolist() == pytest.approx(mean_box(averaged[:1]))
+    assert alone.penalty == choice.penalty
+
+
+def test_each_sample_averages_round_its_own_best() -> None:
+    cells = [
+        {(10, 10): 0.9, (10, 11): 0.8, (9, 9): 0.7, (20, 20): 0.85},
+        {(20, 20): 0.9, (20, 21): 0.8, (19, 20): 0.7, (10, 10): 0.85},
+        {(0, 24): 0.9, (1, 24): 0.5, (1, 23): 0.4, (2, 0): 0.85},
+    ]
+    choice = AnchorFree(GRID, average=3)(numbered_maps(cells), torch.full((3, 2), 40.0), NO_PENALTY)
+    for i, sample in enumerate(cells):
+        assert choice.box[i].tolist() == pytest.approx(mean_box(list(sample)[:3], i))
+
+
+def test_neighbours_are_ranked_as_the_best_cell_is() -> None:
+    # By score alone the third would be (9, 9); the window prefers what is nearer to the middle of the map.
+    cells = {(10, 10): 0.9, (10, 11): 0.8, (9, 9): 0.61, (11, 11): 0.6}
+    raw, size = numbered_maps([cells]), torch.full((1, 2), 40.0)
+    by_score = AnchorFree(GRID, average=3)(raw, size, NO_PENALTY).box[0]
+    windowed = AnchorFree(GRID, average=3)(raw, size, torch.tensor([0.0, 0.3, 0.0])).box[0]
+    assert by_score.tolist() == pytest.approx(mean_box([(10, 10), (10, 11), (9, 9)]))
+    assert windowed.tolist() == pytest.approx(mean_box([(10, 10), (10, 11), (11, 11)]))
+
+
+@pytest.mark.parametrize("average", [0, 5])
+def test_average_beyond_a_corner_is_refused(average: int) -> None:
+    with pytest.raises(ValueError, match=f"average must be 1 to 4.*got {average}"):
+        AnchorFree(GRID, average=average)
+
+
+def test_confidence_is_the_product_with_quality() -> None:
+    raw = numbered_maps([{(3, 4): 0.8, (5, 6): 0.7}])
+    quality = torch.zeros(1, 1, 25, 25)
+    quality[0, 0, 5, 6] = math.log(9)  # probability 0.9 there, 0.5 elsewhere
+    choice = AnchorFree(GRID)(raw._replace(quality=quality), torch.full((1, 2), 40.0), NO_PENALTY)
+    assert choice.box[0].tolist() == pytest.approx(mean_box([(5, 6)]))
+    assert float(choice.score) == pytest.approx(0.63)
+    assert float(choice.response[0, 3, 4]) == pytest.approx(0.4)
 
 
 def test_template_graph_normalises() -> None:

@@ -1,24 +1,23 @@
-"""Backbones: the modified ResNet-50 of the SiamRPN++ family, and MobileNetV2 for the edge models.
+"""Backbones: two AlexNets, two ResNet-50 of stride 8, and MobileNetV2 for the edge models.
 
-Both take a normalised image ``[N, 3, H, W]`` in BGR order (the tracker's order everywhere) and return a tuple of
-feature maps. Import functions turn public ImageNet weights into this order and layout.
+All take a normalised image ``[N, 3, H, W]`` in BGR order (the tracker's order everywhere) and return a tuple of feature
+maps. `siamtrack.nets.pretrained` turns public ImageNet weights into this order and layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import cast
+import itertools
 
-import torch
 from torch import Tensor, nn
 
 
 class Bottleneck(nn.Module):
     """ResNet bottleneck 1x1, 3x3, 1x1 whose shortcut may be a 3x3 convolution (pysot's `resnet_atrous`)."""
 
-    def __init__(self, inputs: int, width: int, stride: int, dilation: int, shortcut: nn.Module | None) -> None:
+    def __init__(
+        self, inputs: int, width: int, stride: int, padding: int, dilation: int, shortcut: nn.Module | None
+    ) -> None:
         super().__init__()
-        padding = 0 if stride == 2 else dilation  # the only strided block (layer2) is unpadded: erratum S1
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding, dilation, bias=False)
@@ -35,7 +34,55 @@ class Bottleneck(nn.Module):
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
-class ResNet50Dilated(nn.Module):
+class ResNet50(nn.Module):
+    """Stem and first two stages of every ResNet-50 here; total stride 8. Parameter names are torchvision's and pysot's.
+
+    Args:
+        stem_padding: of the 7x7 convolution.
+        padded: pad the strided block as torchvision does; pysot's has no padding there and 3x3 shortcuts from there on.
+    """
+
+    def __init__(self, stem_padding: int, padded: bool) -> None:
+        super().__init__()
+        self.padded = padded
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, stem_padding, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = self.stage(64, 64, blocks=3, stride=1, dilation=1, shortcut_kernel=1)
+        self.layer2 = self.stage(256, 128, blocks=4, stride=2, dilation=1, shortcut_kernel=1 if padded else 3)
+
+    def stage(
+        self, inputs: int, width: int, blocks: int, stride: int, dilation: int, shortcut_kernel: int
+    ) -> nn.Sequential:
+        """Blocks of `width` inner and four times as many outer channels; the first one strides and dilates half."""
+        first_dilation = max(dilation // 2, 1)  # the first block still runs at the previous stage's dilation
+        padding = first_dilation if stride == 1 or self.padded else 0
+        shortcut_conv = nn.Conv2d(
+            inputs,
+            width * 4,
+            shortcut_kernel,
+            stride,
+            padding if shortcut_kernel > 1 else 0,
+            first_dilation if shortcut_kernel > 1 else 1,
+            bias=False,
+        )
+        shortcut = nn.Sequential(shortcut_conv, nn.BatchNorm2d(width * 4))
+        layers = [Bottleneck(inputs, width, stride, padding, first_dilation, shortcut)]
+        layers += [Bottleneck(width * 4, width, 1, dilation, dilation, None) for _ in range(1, blocks)]
+        return nn.Sequential(*layers)
+
+    def trainable_stages(self) -> list[nn.Module]:
+        """Parts in depth order, for freezing from the front."""
+        return [nn.ModuleList([self.conv1, self.bn1]), self.layer1, self.layer2]
+
+    def level2(self, image: Tensor) -> Tensor:
+        """Features of layer2, 512 channels."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(image))))
+        return self.layer2(self.layer1(x))
+
+
+class ResNet50Dilated(ResNet50):
     """ResNet-50 of total stride 8 with dilated last stages; parameter names are pysot's.
 
     For an input of 127 / 255 pixels the three outputs (512, 1024 and 2048 channels) are 15x15 / 31x31 maps, and cell
@@ -46,39 +93,105 @@ class ResNet50Dilated(nn.Module):
     stages = ("layer2", "layer3", "layer4")
 
     def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 0, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.layer1 = self._stage(64, 64, blocks=3, stride=1, dilation=1)
-        self.layer2 = self._stage(256, 128, blocks=4, stride=2, dilation=1)
-        self.layer3 = self._stage(512, 256, blocks=6, stride=1, dilation=2)
-        self.layer4 = self._stage(1024, 512, blocks=3, stride=1, dilation=4)
-
-    @staticmethod
-    def _stage(inputs: int, width: int, blocks: int, stride: int, dilation: int) -> nn.Sequential:
-        first_dilation = max(dilation // 2, 1)  # the first block still runs at the previous stage's dilation
-        if stride == 1 and dilation == 1:  # layer1
-            shortcut_conv = nn.Conv2d(inputs, width * 4, 1, bias=False)
-        else:
-            padding = 0 if stride == 2 else first_dilation
-            shortcut_conv = nn.Conv2d(inputs, width * 4, 3, stride, padding, first_dilation, bias=False)
-        shortcut = nn.Sequential(shortcut_conv, nn.BatchNorm2d(width * 4))
-        layers = [Bottleneck(inputs, width, stride, first_dilation, shortcut)]
-        layers += [Bottleneck(width * 4, width, 1, dilation, None) for _ in range(1, blocks)]
-        return nn.Sequential(*layers)
+        super().__init__(stem_padding=0, padded=False)
+        self.layer3 = self.stage(512, 256, blocks=6, stride=1, dilation=2, shortcut_kernel=3)
+        self.layer4 = self.stage(1024, 512, blocks=3, stride=1, dilation=4, shortcut_kernel=3)
 
     def trainable_stages(self) -> list[nn.Module]:
-        """Parts in depth order, for freezing from the front."""
-        return [nn.ModuleList([self.conv1, self.bn1]), self.layer1, self.layer2, self.layer3, self.layer4]
+        return [*super().trainable_stages(), self.layer3, self.layer4]
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Feature maps of layer2, layer3 and layer4 for ``image`` ``[N, 3, H, W]`` (BGR, 0..255)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(image))))
-        level2 = self.layer2(self.layer1(x))
+        level2 = self.level2(image)
         level3 = self.layer3(level2)
         return level2, level3, self.layer4(level3)
+
+
+class ResNet50Layer3(ResNet50):
+    """Torchvision's ResNet-50 up to layer3, whose stride is taken out without dilation (DASTSiam's release).
+
+    For an input of 127 / 287 pixels the 1024 channels are 16x16 / 36x36 maps, and cell ``k`` is centred on pixel
+    ``8 k``: everything is padded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(stem_padding=3, padded=True)
+        self.layer3 = self.stage(512, 256, blocks=6, stride=1, dilation=1, shortcut_kernel=1)
+
+    def trainable_stages(self) -> list[nn.Module]:
+        return [*super().trainable_stages(), self.layer3]
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        """Features of layer3 for ``image`` ``[N, 3, H, W]`` (BGR)."""
+        return (self.layer3(self.level2(image)),)
+
+
+class TwoBackbones(nn.Module):
+    """One backbone for templates and one for searches, of the same kind (DASTSiam's release, erratum D9)."""
+
+    def __init__(self, template: ResNet50Layer3, search: ResNet50Layer3) -> None:
+        super().__init__()
+        self.template, self.search = template, search
+
+    def trainable_stages(self) -> list[nn.Module]:
+        """Parts of both in depth order, for freezing from the front."""
+        pairs = zip(self.template.trainable_stages(), self.search.trainable_stages(), strict=True)
+        return [nn.ModuleList(pair) for pair in pairs]
+
+
+class AlexNetV1(nn.Module):
+    """SiamFC's AlexNet: unpadded, two convolution groups, no activation at the end; names are siamfc-pytorch's.
+
+    For an input of 127 / 255 pixels the 256 channels are 6x6 / 22x22 maps of stride 8.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+            conv = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups)
+            return [conv, nn.BatchNorm2d(outputs, eps=1e-6, momentum=0.05), nn.ReLU(inplace=True)]
+
+        self.conv1 = nn.Sequential(*layer(3, 96, 11, stride=2), nn.MaxPool2d(3, 2))
+        self.conv2 = nn.Sequential(*layer(96, 256, 5, groups=2), nn.MaxPool2d(3, 2))
+        self.conv3 = nn.Sequential(*layer(256, 384, 3))
+        self.conv4 = nn.Sequential(*layer(384, 384, 3, groups=2))
+        self.conv5 = nn.Sequential(nn.Conv2d(384, 256, 3, groups=2))
+
+    def trainable_stages(self) -> list[nn.Module]:
+        """Parts in depth order, for freezing from the front."""
+        return [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5]
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        """Features of ``image`` ``[N, 3, H, W]`` (BGR, 0..255)."""
+        return (self.conv5(self.conv4(self.conv3(self.conv2(self.conv1(image))))),)
+
+
+class AlexNet(nn.Module):
+    """SiamRPN's AlexNet: unpadded, no groups, pooling before activation; names are those of pysot's legacy models.
+
+    For an input of 127 / 287 pixels the 256 channels are 6x6 / 26x26 maps, and cell ``k`` is centred on pixel
+    ``43 + 8 k``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(3, 96, 11, 2), nn.BatchNorm2d(96), nn.MaxPool2d(3, 2), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(96, 256, 5), nn.BatchNorm2d(256), nn.MaxPool2d(3, 2), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(256, 384, 3), nn.BatchNorm2d(384), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(384, 384, 3), nn.BatchNorm2d(384), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(384, 256, 3), nn.BatchNorm2d(256)),
+        )
+
+    def trainable_stages(self) -> list[nn.Module]:
+        """Parts in depth order, for freezing from the front: one a convolution."""
+        edges = [i for i, layer in enumerate(self.features) if isinstance(layer, nn.Conv2d)] + [len(self.features)]
+        return [self.features[a:b] for a, b in itertools.pairwise(edges)]
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        """Features of ``image`` ``[N, 3, H, W]`` (BGR, 0..255)."""
+        return (self.features(image),)
 
 
 class ConvAct(nn.Module):
@@ -114,7 +227,7 @@ class MobileNetV2(nn.Module):
 
     A tracker fine-tunes the backbone with frozen statistics, so folding loses nothing and saves memory
     traffic. Symmetric padding keeps features centred: cell ``i`` of stride ``s`` lies on pixel ``s i`` for inputs of
-    127 and 223 pixels.
+    127 and 209 pixels.
     """
 
     # Outputs, blocks, stride and expansion of each stage (Sandler et al. 2018, table 2, up to stride 16). The last
@@ -145,77 +258,3 @@ class MobileNetV2(nn.Module):
         for stage in self.stages[3:]:
             x = stage(x)
         return stride8, x
-
-
-def load_mobilenetv2_imagenet(backbone: MobileNetV2, state: Mapping[str, Tensor], eps: float = 1e-5) -> None:
-    """Load ImageNet weights in timm's `mobilenetv2_100` key names, folding BatchNorm and turning the stem to BGR.
-
-    Args:
-        backbone: filled in place.
-        state: timm state dict; keys past stride 16 are not needed.
-        eps: BatchNorm epsilon of the source model.
-
-    Raises:
-        ValueError: a key is missing or has another shape.
-    """
-
-    def fold(into: nn.Conv2d, conv: str, norm: str) -> None:
-        names = [f"{conv}.weight", *(f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var"))]
-        missing = [name for name in names if name not in state]
-        if missing:
-            raise ValueError(f"not timm mobilenetv2_100 weights: {', '.join(missing)} missing")
-        weight, gamma, beta, mean, var = (state[name].float() for name in names)
-        if weight.shape != into.weight.shape:
-            raise ValueError(f"{conv}.weight has shape {tuple(weight.shape)}, expected {tuple(into.weight.shape)}")
-        scale = gamma / torch.sqrt(var + eps)
-        with torch.no_grad():
-            into.weight.copy_(weight * scale[:, None, None, None])
-            assert into.bias is not None
-            into.bias.copy_(beta - mean * scale)
-
-    fold(backbone.stem.conv, "conv_stem", "bn1")
-    with torch.no_grad():
-        backbone.stem.conv.weight.copy_(backbone.stem.conv.weight.flip(1))  # RGB -> BGR input order
-    for s, stage in enumerate(backbone.stages):
-        for b, block in enumerate(cast(Iterable[InvertedResidual], stage)):
-            key = f"blocks.{s}.{b}"
-            if block.expand is None:
-                fold(block.depthwise.conv, f"{key}.conv_dw", f"{key}.bn1")
-                fold(block.project, f"{key}.conv_pw", f"{key}.bn2")
-            else:
-                fold(block.expand.conv, f"{key}.conv_pw", f"{key}.bn1")
-                fold(block.depthwise.conv, f"{key}.conv_dw", f"{key}.bn2")
-                fold(block.project, f"{key}.conv_pwl", f"{key}.bn3")
-
-
-def load_resnet50_imagenet(backbone: ResNet50Dilated, state: Mapping[str, Tensor]) -> list[str]:
-    """Load ImageNet ResNet-50 weights (pysot's `resnet50.model`, or torchvision's).
-
-    Torchvision's 1x1 shortcuts of layers 2 to 4 go into the centre of our 3x3 ones, which computes the same function.
-    Torchvision models take RGB in another normalisation; pysot's file takes BGR 0..255 as this network does, so it is
-    the exact start and torchvision's a warm one.
-
-    Returns:
-        The keys that were not used.
-
-    Raises:
-        ValueError: a key is missing or does not fit.
-    """
-    own = backbone.state_dict()
-    loaded: dict[str, Tensor] = {}
-    for name, target in own.items():
-        if name.endswith("num_batches_tracked"):
-            loaded[name] = target
-            continue
-        if name not in state:
-            raise ValueError(f"not ResNet-50 weights: {name} missing")
-        value = state[name]
-        if value.shape != target.shape and value.shape[:2] == target.shape[:2] and value.shape[2:] == (1, 1):
-            centred = torch.zeros_like(target)
-            centred[:, :, 1, 1] = value[:, :, 0, 0]
-            value = centred
-        if value.shape != target.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(target.shape)}")
-        loaded[name] = value
-    backbone.load_state_dict(loaded)
-    return sorted(set(state) - set(own))

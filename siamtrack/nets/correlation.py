@@ -31,12 +31,14 @@ def depthwise_grouped(search: Tensor, kernel: Tensor) -> Tensor:
 def depthwise_matmul(search: Tensor, kernel: Tensor) -> Tensor:
     """The same as `depthwise_grouped` with constant convolution weights only, for targets that want initialisers.
 
-    A one-hot depthwise convolution gathers the K x K neighbourhood of every cell, a batched product weighs it.
+    A one-hot convolution gathers the K x K neighbourhood of every cell, a batched product weighs it. Channels are its
+    samples, so that its weights are K^4 numbers whatever C.
     """
     n, c, k, _ = kernel.shape
-    rows, columns = search.shape[2] - k + 1, search.shape[3] - k + 1
-    gather = torch.eye(k * k, dtype=search.dtype, device=search.device).reshape(k * k, 1, k, k).repeat(c, 1, 1, 1)
-    patches = functional.conv2d(search, gather, groups=c).reshape(n, c, k * k, rows * columns)
+    height, width = search.shape[2:]
+    rows, columns = height - k + 1, width - k + 1
+    gather = torch.eye(k * k, dtype=search.dtype, device=search.device).reshape(k * k, 1, k, k)
+    patches = functional.conv2d(search.reshape(n * c, 1, height, width), gather).reshape(n, c, k * k, rows * columns)
     return (kernel.reshape(n, c, 1, k * k) @ patches).reshape(n, c, rows, columns)
 
 
@@ -55,3 +57,19 @@ def pixelwise(search: Tensor, kernel: Tensor) -> Tensor:
     """
     n, c, height, width = search.shape
     return (kernel @ search.reshape(n, c, height * width)).reshape(n, kernel.shape[1], height, width)
+
+
+def summed_cells(products: Tensor, cells: int) -> Tensor:
+    """Naive correlation from pixelwise products: the template laid on each search cell, all products summed.
+
+    Args:
+        products: ``[N, K * K, H, W]`` of `pixelwise`, template cells row by row.
+        cells: K.
+
+    Returns:
+        ``[N, 1, H, W]``: with the template's cell K // 2 on a cell; what lies beyond the map counts nothing. An even K
+        gives a row and a column more, ``[N, 1, H + 1, W + 1]``: there the template starts K / 2 cells before.
+    """
+    # A one-hot convolution: template cell (a, b) is met where the search map is (a, b) - centre further on.
+    here = torch.eye(cells * cells, dtype=products.dtype, device=products.device)
+    return functional.conv2d(products, here.reshape(1, cells * cells, cells, cells), padding=cells // 2)

@@ -6,8 +6,10 @@ and TensorRT all run this code. Inputs and outputs are the bundle contract (see 
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -44,33 +46,103 @@ class Normalisation:
 
 
 class RawMaps(NamedTuple):
-    """What a network's head gives.
+    """What an anchor-free head gives.
 
     Attributes:
         logits: ``[N, 1, H, W]`` (sigmoid) or ``[N, 2, H, W]`` (softmax, channel 1 = target: erratum S8).
         ltrb: ``[N, 4, H, W]`` positive distances from the cell to the box's left, top, right, bottom in crop pixels.
+        quality: ``[N, 1, H, W]`` logit of how well the cell localises (SiamCAR's centre-ness, SiamLA's localisation
+            score), where a head has one; the confidence is the product of both probabilities.
     """
 
     logits: Tensor
     ltrb: Tensor
+    quality: Tensor | None = None
+
+
+class AnchorMaps(NamedTuple):
+    """What an anchor-based head gives for A anchors a cell.
+
+    Attributes:
+        logits: ``[N, 2 A, H, W]``, channel ``c A + a`` is class c (1 = target) of anchor a: pysot's layout.
+        deltas: ``[N, 4 A, H, W]``, channel ``k A + a`` is entry k of (dx / w, dy / h, ln w, ln h) of anchor a.
+        second: ``[N, A, H, W]`` logit of a second classification branch, where a head has one (DASTSiam); the
+            confidence is the mean of both probabilities.
+    """
+
+    logits: Tensor
+    deltas: Tensor
+    second: Tensor | None = None
+
+
+class Candidates(NamedTuple):
+    """Every box a network proposes in one crop; M = anchors x H x W, anchor by anchor, each row by row.
+
+    Attributes:
+        boxes: ``[N, M, 4]`` cx, cy, w, h in crop pixels.
+        scores: ``[N, M]`` raw confidence in [0, 1].
+    """
+
+    boxes: Tensor
+    scores: Tensor
+
+
+class Choice(NamedTuple):
+    """Outputs of every search graph; see `siamtrack.bundle`."""
+
+    box: Tensor
+    score: Tensor
+    penalty: Tensor
+    response: Tensor
 
 
 class SiameseNet(Protocol):
-    """What every model of `siamtrack.nets.MODELS` offers; images are normalised BGR ``[N, 3, side, side]``."""
+    """What every model of `siamtrack.nets.MODELS` offers; images are normalised BGR ``[N, 3, side, side]``.
+
+    Attributes:
+        template_names: names of the tensors that `template` gives.
+        decoder: turns the raw maps of `search` into a `Choice`: ``decoder(raw, prev_size, tuning)``.
+    """
 
     template_size: int
     search_size: int
     grid: Grid
     normalisation: Normalisation
     template_names: tuple[str, ...]
+    decoder: nn.Module
 
     def template(self, image: Tensor) -> tuple[Tensor, ...]:
         """Template tensors, named by `template_names`."""
         ...
 
-    def search(self, image: Tensor, *template: Tensor) -> RawMaps:
-        """Raw maps of a search crop for the template tensors."""
+    def search(self, image: Tensor, *template: Tensor) -> Any:
+        """Raw maps of a search crop: what `decoder` takes."""
         ...
+
+
+class AdaptiveNet(SiameseNet, Protocol):
+    """A model whose template is renewed while tracking (DASTSiam, SiamFC+ST): `template` gives one tensor, the feature.
+
+    ``kernel = update(first, first, first)`` starts a track; ``update(first, history, current)`` renews it, where
+    `history` is the first tensor of the previous update. `search` takes what `update` gave.
+
+    Attributes:
+        update_names: names of the tensors that `update` gives and `search` takes; the first is the next history. Empty
+            where a configuration leaves the update out: then the model is no adaptive one.
+        update_score: raw score above which a frame may renew the template, as published.
+    """
+
+    update_names: tuple[str, ...]
+    update_score: float
+
+    def update(self, first: Tensor, history: Tensor, current: Tensor) -> tuple[Tensor, ...]:
+        """Fuse the features of the first, the remembered and the current template."""
+        ...
+
+
+def is_adaptive(net: object) -> TypeGuard[AdaptiveNet]:
+    """Does this model renew its template while tracking?"""
+    return bool(getattr(net, "update_names", ()))
 
 
 def normalise(image: Tensor, normalisation: Normalisation) -> Tensor:
@@ -121,6 +193,94 @@ def size_penalty(sizes: Tensor, prev_size: Tensor, penalty_k: Tensor) -> Tensor:
     return torch.exp((1 - change) * penalty_k)
 
 
+class Decoder(nn.Module, abc.ABC):
+    """Chooses one of a network's candidates; subclasses say what the candidates are.
+
+    The choice is SiamRPN's: confidence times size penalty, blended with a cosine window, best cell wins.
+
+    Args:
+        grid: the response map's geometry.
+        anchors: candidates a cell.
+        average: the box is the mean of so many best candidates among the chosen cell and its eight neighbours (SiamLA
+            section III-E and SiamCAR's paper take three: SiamLA erratum L14); 1 takes the chosen one's.
+    """
+
+    points: Tensor
+    window: Tensor
+
+    def __init__(self, grid: Grid, anchors: int = 1, average: int = 1) -> None:
+        super().__init__()
+        if not 1 <= average <= 4:
+            raise ValueError(f"average must be 1 to 4, the cells next to a corner, got {average}")
+        self.grid, self.anchors, self.average = grid, anchors, average
+        hann = np.hanning(grid.size)
+        window = torch.from_numpy(np.outer(hann, hann).astype(np.float32)).flatten()
+        self.register_buffer("points", grid.points().repeat(anchors, 1), persistent=False)  # [M, 2]
+        self.register_buffer("window", window.repeat(anchors), persistent=False)  # [M]
+
+    @abc.abstractmethod
+    def candidates(self, raw: Any) -> Candidates:
+        """Boxes and confidences of all cells."""
+
+    def forward(self, raw: Any, prev_size: Tensor, tuning: Tensor) -> Choice:
+        """Raw maps, previous size ``[N, 2]`` and tuning ``[3]`` to the outputs of a search graph."""
+        boxes, scores = self.candidates(raw)
+        penalty = size_penalty(boxes[..., 2:], prev_size, tuning[0])  # [N, M]
+        ranked = penalty * scores * (1 - tuning[1]) + self.window * tuning[1]
+        best = ranked.argmax(dim=1, keepdim=True)  # [N, 1]
+        cells = torch.cat([boxes, scores[..., None], penalty[..., None]], dim=2)  # [N, M, 6]
+        chosen = cells.gather(1, best[:, :, None].expand(-1, -1, 6))[:, 0]  # [N, 6]
+        box = chosen[:, :4] if self.average == 1 else self._mean_near(boxes, ranked, best)
+        maps = scores.reshape(-1, self.anchors, self.grid.size, self.grid.size)
+        response = maps[:, 0] if self.anchors == 1 else maps.amax(dim=1)
+        return Choice(box, chosen[:, 4], chosen[:, 5], response)
+
+    def _mean_near(self, boxes: Tensor, ranked: Tensor, best: Tensor) -> Tensor:
+        away = (self.points - self.points[best]).abs().amax(dim=2)  # [N, M] from the chosen cell
+        near = torch.where(away < 1.5 * self.grid.stride, ranked, -1.0)
+        top = near.topk(self.average, dim=1).indices  # [N, average]
+        return boxes.gather(1, top[:, :, None].expand(-1, -1, 4)).mean(dim=1)
+
+
+class AnchorFree(Decoder):
+    """Decoder of `RawMaps`."""
+
+    def candidates(self, raw: RawMaps) -> Candidates:
+        scores = target_probability(raw.logits)
+        if raw.quality is not None:
+            scores = scores * torch.sigmoid(raw.quality[:, 0])
+        return Candidates(decode_boxes(raw.ltrb, self.points), scores.flatten(1))
+
+
+class AnchorBased(Decoder):
+    """Decoder of `AnchorMaps`.
+
+    Args:
+        grid: the response map's geometry.
+        sizes_px: width and height of every anchor, in crop pixels.
+    """
+
+    sizes: Tensor
+
+    def __init__(self, grid: Grid, sizes_px: Sequence[tuple[float, float]]) -> None:
+        super().__init__(grid, anchors=len(sizes_px))
+        sizes = torch.tensor(sizes_px, dtype=torch.float32).repeat_interleave(grid.size**2, dim=0)
+        self.register_buffer("sizes", sizes, persistent=False)  # [M, 2]
+
+    def candidates(self, raw: AnchorMaps) -> Candidates:
+        logits = raw.logits.unflatten(1, (2, self.anchors)).flatten(2)  # [N, 2, M]
+        scores = torch.softmax(logits, dim=1)[:, 1]
+        if raw.second is not None:
+            scores = (scores + torch.sigmoid(raw.second.flatten(1))) / 2
+        return Candidates(self.boxes(raw.deltas), scores)
+
+    def boxes(self, deltas: Tensor) -> Tensor:
+        """``[N, 4 A, H, W]`` to boxes ``[N, M, 4]``; sizes stay under 62.5 anchors, so that no overflow can spread."""
+        shifts = deltas.unflatten(1, (4, self.anchors)).flatten(2).transpose(1, 2)  # [N, M, 4]
+        centres = shifts[..., :2] * self.sizes + self.points
+        return torch.cat([centres, shifts[..., 2:].clamp(-4.135, 4.135).exp() * self.sizes], dim=2)
+
+
 class TemplateGraph(nn.Module):
     """``image`` uint8 ``[1, T, T, 3]`` BGR to the model's template tensors."""
 
@@ -130,6 +290,17 @@ class TemplateGraph(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         return self.net.template(normalise(image, self.net.normalisation))
+
+
+class UpdateGraph(nn.Module):
+    """``first``, ``history`` and ``current`` features to the tensors that the search graph takes."""
+
+    def __init__(self, net: AdaptiveNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, first: Tensor, history: Tensor, current: Tensor) -> tuple[Tensor, ...]:
+        return self.net.update(first, history, current)
 
 
 class SearchGraph(nn.Module):
@@ -142,25 +313,11 @@ class SearchGraph(nn.Module):
     cell, before penalty and window; ``penalty`` f32 ``[N]`` of that cell; ``response`` f32 ``[N, H, W]`` raw map.
     """
 
-    points: Tensor
-    window: Tensor
-
     def __init__(self, net: SiameseNet) -> None:
         super().__init__()
         self.net = net
-        hann = np.hanning(net.grid.size)
-        self.register_buffer("points", net.grid.points())
-        self.register_buffer("window", torch.from_numpy(np.outer(hann, hann).astype(np.float32)).flatten())
 
     def forward(self, image: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *template, prev_size, tuning = rest
         raw = self.net.search(normalise(image, self.net.normalisation), *template)
-        response = target_probability(raw.logits)  # [N, H, W]
-        scores = response.flatten(1)  # [N, H*W]
-        boxes = decode_boxes(raw.ltrb, self.points)  # [N, H*W, 4]
-        penalty = size_penalty(boxes[..., 2:], prev_size, tuning[0])  # [N, H*W]
-        ranked = penalty * scores * (1 - tuning[1]) + self.window * tuning[1]
-        best = ranked.argmax(dim=1, keepdim=True)  # [N, 1]
-        cells = torch.cat([boxes, scores[..., None], penalty[..., None]], dim=2)  # [N, H*W, 6]
-        chosen = cells.gather(1, best[:, :, None].expand(-1, -1, 6))[:, 0]  # [N, 6]
-        return chosen[:, :4], chosen[:, 4], chosen[:, 5], response
+        return tuple(self.net.decoder(raw, prev_size, tuning))
