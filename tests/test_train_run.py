@@ -5,26 +5,40 @@ The data is made here: coloured shapes that move over noise. Nothing is download
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
-from collections.abc import Callable, Iterator
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from model_export.checkpoint import load_checkpoint
 from model_export.onnx_export import export_bundle
 from model_export.verify import compare_with_onnxruntime, random_pairs
 from siamtrack.plain import to_plain
+from training.loading import PairDataModule
 from training.module import SiameseModule
+from training.objectives import SiamCAN
+from training.prepare import prepare
 from training.recipe import Recipe, load_recipe, recipe_from_dict
-from training.train import main, train
+from training.show import draw_sheet
+from training.train import check_same_recipe, main, train
+from training.watch import Throughput, git_commit
+
+pytestmark = pytest.mark.usefixtures("threads_as_before")
 
 COLOURS = [(30, 40, 230), (40, 220, 40), (230, 60, 30), (40, 220, 230)]
 
@@ -63,23 +77,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    """`train` sets the process up for itself; what pytest runs next must not notice."""
-    threads, cv2_threads = torch.get_num_threads(), cv2.getNumThreads()
-    torch.set_num_threads(1)  # on shared cores, threads mostly wait for each other
-    yield
-    torch.set_num_threads(threads)
-    cv2.setNumThreads(cv2_threads)
-
-
-def tiny(**changes: Any) -> Recipe:
+def tiny(augment: str = "cpu", **changes: Any) -> Recipe:
     content: dict[str, Any] = {
         "model": "siamcan-mobilenetv2",
         "epochs": 2,
         "pairs_per_epoch": 8,
         "batch_size": 4,
-        "classification": "focal",
+        "objective_config": {"classification": "focal"},
         "unfreeze_epoch": 1,
         "unfreeze_stages": 2,
         "validation_pairs": 4,
@@ -87,7 +91,8 @@ def tiny(**changes: Any) -> Recipe:
             "videos": ["videos"],
             "validation_videos": ["clip2"],
             "stills": ["stills"],
-            "labels": {"nearest": True, "positives": 0, "negatives": 0},
+            "labels": {"nearest": True},
+            "augment": augment,
             "cache_gb": 0.1,
         },
         "optim": {"optimiser": "adamw", "lr": 0.002, "backbone_lr": 0.1, "warmup_epochs": 0.5, "ema": 0.7},
@@ -217,6 +222,104 @@ def test_resume_is_exact_and_freezing_freezes(
     assert difference.ok, difference
 
 
+@pytest.mark.parametrize("augment", ["cpu", "device"])
+def test_resume_within_an_epoch_is_exact(
+    data: Path, tmp_path: Path, watch: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch, augment: str
+) -> None:
+    """Stopped after three of four steps, in the frozen and in the thawed epoch; checkpoints are of every second one."""
+    recipe = tiny(augment, pairs_per_epoch=16)
+    straight = watch()
+    last = train(recipe, data, tmp_path / "straight", checkpoint_steps=2)
+    assert len(straight.losses) == 8
+    for out, stop in ((tmp_path / "frozen", 3), (tmp_path / "thawed", 7)):
+        begun = watch()
+        step = SiameseModule.training_step
+
+        def stopped(
+            self: SiameseModule, batch: Any, i: int, stop: int = stop, begun: Seen = begun, step: Any = step
+        ) -> Any:
+            if len(begun.losses) == stop:
+                raise ConnectionAbortedError("power cut")
+            return step(self, batch, i)
+
+        monkeypatch.setattr(SiameseModule, "training_step", stopped)
+        with pytest.raises(ConnectionAbortedError):
+            train(recipe, data, out, checkpoint_steps=2)
+        assert read(out / "last.ckpt")["global_step"] == stop - 1
+        rest = watch()
+        resumed = train(recipe, data, out, checkpoint_steps=2)
+        assert rest.losses == straight.losses[stop - 1 :]  # neither the epoch anew nor a step left out
+        ours, theirs = read(last), read(resumed)
+        for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
+            assert_same(ours[key], theirs[key], key)
+        assert (ours["epoch"], ours["global_step"]) == (theirs["epoch"], theirs["global_step"]) == (1, 8)
+        assert rest.validation == straight.validation[stop // 4 :]
+        assert [start["from_step"] for start in json.loads((out / "run.json").read_text())] == [0, stop - 1]
+
+
+def test_training_from_shards(data: Path, tmp_path: Path, watch: Callable[..., Seen]) -> None:
+    """The same pairs, but for JPEG, so nearly the same losses; nothing else of the data is read."""
+    recipe = tiny(epochs=1)
+    prepare(recipe, data, tmp_path / "shards")
+    raw = watch()
+    train(recipe, data, tmp_path / "raw")
+    stored = watch()
+    alone = tiny(
+        epochs=1,
+        data={"shards": "shards", "validation_videos": ["clip2"], "labels": {"nearest": True}, "cache_gb": 0.1},
+    )
+    train(alone, tmp_path, tmp_path / "stored")
+    assert stored.losses == pytest.approx(raw.losses, rel=0.05)
+    assert stored.losses != raw.losses
+
+
+def test_run_folder_says_what_was_run(data: Path, tmp_path: Path) -> None:
+    recipe = tiny(epochs=2, pairs_per_epoch=4, batch_size=2, seed=5)
+    train(recipe, data, tmp_path)
+    (start,) = json.loads((tmp_path / "run.json").read_text())
+    assert (start["seed"], start["processes"], start["from_step"]) == (5, 1, 0)
+    assert start["git_commit"] == git_commit()
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (first["epoch"], first["step"], second["epoch"], second["step"]) == (0, 2, 1, 4)
+    assert {"train/loss", "train/cls", "val/iou", "train/samples_per_s", "train/data_wait"} <= set(second)
+    assert second["train/samples_per_s"] > 0
+    assert 0 < second["train/data_wait"] < 1
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    (image,) = events.Images("train/samples")
+    sheet = cv2.imdecode(np.frombuffer(image.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
+    module = SiameseModule(to_plain(recipe))
+    loaders = PairDataModule(recipe, data, module.net)
+    loaders.setup("fit")
+    np.testing.assert_array_equal(sheet, draw_sheet(loaders.training_set(), range(6)))
+
+
+def test_data_wait_is_the_share_of_time_without_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 3.0, 4.0, 4.0, 6.0])  # start, epoch; three seconds of waiting, one of work; none and two
+    monkeypatch.setattr("training.watch.time.perf_counter", lambda: next(clock))
+    logged: dict[str, float] = {}
+    module: Any = SimpleNamespace(log=lambda name, value, prog_bar: logged.__setitem__(name, value))
+    trainer: Any = SimpleNamespace(world_size=2)
+    watched, batch = Throughput(), {"search": np.zeros(6)}
+    watched.on_train_start(trainer, module)
+    watched.on_train_epoch_start(trainer, module)
+    for wanted in ({"train/samples_per_s": 3.0, "train/data_wait": 0.75}, {"train/samples_per_s": 4.0}):
+        watched.on_train_batch_start(trainer, module, batch, 0)
+        watched.on_train_batch_end(trainer, module, None, batch, 0)
+        assert logged.items() >= wanted.items()
+    assert logged["train/data_wait"] == 0.5
+
+
+def test_git_commit_says_when_files_differ(tmp_path: Path) -> None:
+    assert git_commit(tmp_path) == ""
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.invalid", "-c", "commit.gpgsign=false"]
+    (tmp_path / "a").write_text("1")
+    for command in (["init", "-q"], ["add", "a"], [*who, "commit", "-q", "-m", "a"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    assert re.fullmatch("[0-9a-f]{40}", git_commit(tmp_path))
+    (tmp_path / "a").write_text("2")
+    assert re.fullmatch(r"[0-9a-f]{40}\+changes", git_commit(tmp_path))
+
+
 def test_loss_falls(data: Path, tmp_path: Path, watch: Callable[..., Seen]) -> None:
     seen = watch()
     recipe = tiny(
@@ -227,7 +330,7 @@ def test_loss_falls(data: Path, tmp_path: Path, watch: Callable[..., Seen]) -> N
         data={
             "videos": ["videos"],
             "stills": ["stills"],
-            "labels": {"nearest": True, "positives": 0, "negatives": 0},
+            "labels": {"nearest": True},
             "pairs": {"mix": {"video": 0.5, "still": 0.5}, "negative": 0.0, "distractor": 0.0, "occluder": 0.0},
             "cache_gb": 0.1,
         },
@@ -253,15 +356,168 @@ def test_finished_run_is_not_trained_again(data: Path, tmp_path: Path, watch: Ca
     assert fresh.losses == first.losses
 
 
-def test_broken_batch_does_not_reach_the_weights(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.module.focal_loss", lambda logits, labels: logits.sum() * float("nan"))
+def breaks_by_value(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**terms, "cls": terms["cls"] * float("nan")}
+
+
+def breaks_by_size(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**terms, "cls": terms["cls"] + 1e5}
+
+
+def breaks_by_gradient(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**terms, "cls": terms["cls"] + (terms["cls"] * 0).sqrt()}  # a finite loss, of infinite slope
+
+
+@pytest.mark.parametrize("spoil", [breaks_by_value, breaks_by_size, breaks_by_gradient])
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_a_broken_batch_moves_nothing(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    optimiser: str,
+) -> None:
+    """Weights, momentum and BatchNorm's statistics stay as they are, to the last bit; the next batch trains again."""
+    states: list[dict[str, Any]] = []
+    compute, begin = SiamCAN.__call__, SiameseModule.on_train_batch_start
+
+    def on_train_batch_start(self: SiameseModule, batch: Any, batch_idx: int) -> None:
+        begin(self, batch, batch_idx)
+        states.append({"net": snapshot(self), "optimiser": copy.deepcopy(self.optimizers().state_dict())})
+
+    def call(self: SiamCAN, raw: Any, batch: Any, decoder: Any) -> dict[str, Tensor]:
+        terms = compute(self, raw, batch, decoder)
+        return spoil(terms) if len(states) == 2 else terms
+
+    monkeypatch.setattr(SiamCAN, "__call__", call)
+    monkeypatch.setattr(SiameseModule, "on_train_batch_start", on_train_batch_start)
+    optim = {"optimiser": optimiser, "lr": 0.01, "weight_decay": 0.1, "warmup_epochs": 0.0, "ema": 0.0}
+    train(tiny(epochs=1, pairs_per_epoch=16, validation_pairs=0, optim=optim), data, tmp_path)
+    first, second, third, fourth = states
+    for state in second, fourth:  # the same learning rate in all: what the schedule set is not the step's doing
+        state["optimiser"].pop("param_groups")
+    third["optimiser"].pop("param_groups")
+    assert_same(second["net"], third["net"])
+    assert_same(second["optimiser"], third["optimiser"])
+    assert second["optimiser"]["state"]  # there was momentum to act
+    for before, after in (first, second), (third, fourth):
+        for name in ("neck16.weight", "neck_norm.running_mean"):
+            assert not torch.equal(before["net"][name], after["net"][name])
+
+
+# Started by the next test, and once more by Lightning for the second process.
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import torch
+from training.module import SiameseModule
+from training.objectives import SiamCAN
+from training.recipe import load_recipe
+from training.train import train
+from training.objectives import SiamCAN
+
+compute, begin, states = SiamCAN.__call__, SiameseModule.on_train_batch_start, []
+
+def note(self, batch, batch_idx):
+    begin(self, batch, batch_idx)
+    self.noted = states
+    states.append((self.global_rank, {n: v.clone() for n, v in self.net.state_dict().items()}))
+
+def call(self, raw, batch, decoder):
+    terms = compute(self, raw, batch, decoder)
+    rank, _ = states[-1]
+    return {**terms, "cls": terms["cls"] * float("nan")} if (rank, len(states)) == (1, 2) else terms
+
+SiamCAN.__call__, SiameseModule.on_train_batch_start = call, note
+recipe, data, out = (Path(v) for v in sys.argv[1:])
+train(load_recipe(recipe), data, out, devices=2)
+torch.save([state for _, state in states], out / f"rank{states[0][0]}.pt")
+"""
+
+
+@pytest.mark.parametrize("augment", ["cpu", "device"])
+def test_a_batch_broken_in_one_process_stops_the_step_in_both(data: Path, tmp_path: Path, augment: str) -> None:
+    recipe = tmp_path / "r.yaml"
+    content = to_plain(tiny(augment, epochs=1, pairs_per_epoch=12, validation_pairs=0))
+    content["optim"] |= {"optimiser": "sgd", "lr": 0.01, "ema": 0.0}
+    recipe.write_text(json.dumps(content))
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    (tmp_path / "run").mkdir()
+    subprocess.run(
+        [sys.executable, str(script), str(recipe), str(data), str(tmp_path / "run")],
+        check=True,
+        timeout=300,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    ranks = [read(tmp_path / "run" / f"rank{rank}.pt") for rank in (0, 1)]
+    weights = [
+        [{n: v for n, v in state.items() if "running" not in n and "num_" not in n} for state in r] for r in ranks
+    ]
+    assert [len(r) for r in ranks] == [3, 3]
+    for ours, theirs in zip(*weights, strict=True):
+        assert_same(ours, theirs)  # the processes hold the same weights at every step
+    first, second, third = ranks[0]
+    assert not torch.equal(first["neck16.weight"], second["neck16.weight"])
+    assert_same(second, third)  # the second step, broken in the other process, moved nothing
+    assert_same(second, ranks[1][2])  # nor there; before each step statistics are those of process 0
+
+
+@pytest.mark.parametrize("augment", ["cpu", "device"])
+def test_resume_repeats_dropout_and_triplets(
+    data: Path, tmp_path: Path, watch: Callable[..., Seen], augment: str
+) -> None:
+    """DASTSiam: three templates a sample, dropout in its transformers; validated with template updates."""
+    changes: dict[str, Any] = {"model": "dastsiam-mobilenetv2", "objective_config": {}, "model_config": {"blocks": 1}}
+    recipe = tiny(augment, pairs_per_epoch=4, batch_size=2, **changes)
+    straight = watch()
+    last = train(recipe, data, tmp_path / "straight")
+    watch(crash_at=1)
+    with pytest.raises(ConnectionAbortedError):
+        train(recipe, data, tmp_path / "resumed")
+    torch.rand(7)  # whatever the process has drawn in the meantime
+    second_half = watch()
+    resumed = train(recipe, data, tmp_path / "resumed")
+    assert len(second_half.losses) == 2
+    assert second_half.losses == straight.losses[2:]
+    assert_same(read(last)["state_dict"], read(resumed)["state_dict"])
+    assert (tmp_path / "straight" / "best.ckpt").is_file()  # validated
+    checkpoint = load_checkpoint(last)  # the network it was trained as, not the default one
+    assert checkpoint.net.config.blocks == 1  # type: ignore[union-attr]
+    assert checkpoint.provenance["model_config"] == '{"blocks": 1}'
+
+
+def test_siamfc_trains_from_nothing(data: Path, tmp_path: Path, watch: Callable[..., Seen]) -> None:
+    """A network that is all backbone, no boxes to regress, and validated on three scales."""
+    seen = watch()
     recipe = tiny(
-        epochs=1, pairs_per_epoch=4, validation_pairs=0, optim={"optimiser": "sgd", "weight_decay": 0.0, "ema": 0.0}
+        model="siamfc",
+        epochs=1,
+        pairs_per_epoch=4,
+        batch_size=2,
+        objective_config={},
+        unfreeze_epoch=0,
+        unfreeze_stages=5,
+        validation_pairs=2,
+        optim={"lr": 0.01, "backbone_lr": 1.0, "warmup_epochs": 0.0},
     )
     train(recipe, data, tmp_path)
-    state = read(tmp_path / "last.ckpt")["state_dict"]
-    assert all(torch.isfinite(value).all() for value in state.values())
-    assert float(state["net.cls.predict.bias"][0]) == pytest.approx(-np.log(99))
+    assert len(seen.losses) == 2
+    end = read(tmp_path / "last.ckpt")["state_dict"]
+    for stage in range(1, 6):
+        name = f"backbone.conv{stage}.0.weight"
+        assert not torch.equal(seen.before[0][name], end[f"net.{name}"]), name
+    assert (tmp_path / "best.ckpt").is_file()
+
+
+def test_a_checkpoint_of_another_version_is_refused(data: Path, tmp_path: Path) -> None:
+    last = train(tiny(epochs=1, pairs_per_epoch=4, validation_pairs=0), data, tmp_path / "run")
+    content = read(last)
+    content["hyper_parameters"]["recipe"]["model_config"] = {"colour": 3}
+    torch.save(content, tmp_path / "odd.ckpt")
+    with pytest.raises(ValueError, match=r"odd\.ckpt is of another version of siamcan-mobilenetv2: .*field colour"):
+        load_checkpoint(tmp_path / "odd.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -300,6 +556,18 @@ def test_frozen_stages_keep_their_statistics(unfreeze_epoch: int) -> None:
         assert {m.training for m in part.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {trains}, name
         assert {p.requires_grad for p in part.parameters()} == {trains}, name
     assert all(m.training for m in (*net.necks.modules(), *net.cls.modules(), *net.loc.modules()))
+
+
+def test_a_run_from_before_a_field_was_known_goes_on(data: Path, tmp_path: Path) -> None:
+    recipe = tiny(epochs=1, pairs_per_epoch=4, validation_pairs=0)
+    last = train(recipe, data, tmp_path / "run")
+    content = read(last)
+    for name in ("sets", "shards"):
+        del content["hyper_parameters"]["recipe"]["data"][name]
+    torch.save(content, last)
+    check_same_recipe(recipe, last)
+    with pytest.raises(ValueError, match=r"was started with another recipe \(other: seed\)"):
+        check_same_recipe(tiny(epochs=1, pairs_per_epoch=4, validation_pairs=0, seed=9), last)
 
 
 def test_batch_must_split_evenly(data: Path, tmp_path: Path) -> None:

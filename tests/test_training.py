@@ -1,4 +1,4 @@
-"""Training: labels, losses, learning rate, readers, pairs, recipes. Numbers are worked by hand where possible."""
+"""Training: learning rate, readers, pairs, triplets, recipes. Numbers are worked by hand where possible."""
 
 from __future__ import annotations
 
@@ -6,216 +6,37 @@ import csv
 import itertools
 import json
 import math
-from collections.abc import Callable
+import pickle
+import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from siamtrack.nets import MODELS
+from siamtrack.nets.backbones import ResNet50Dilated
+from siamtrack.nets.build import build_model
+from siamtrack.nets.decode import Grid
 from siamtrack.plain import to_plain
 from training import pairs as pairs_module
-from training.augment import Cutout, Jitter, jittered_window, motion_blur, paste, photometric, rotate
-from training.data import Mask, Sighting, Track, list_images, read_coco, read_stills, read_video, usable
+from training.augment import Cutout, Jitter, corrupted, jittered_window, motion_blur, paste, photometric, rotate
+from training.data import list_images, read_coco, read_stills, read_video
 from training.dataset import EpochSampler, LabelConfig, PairDataset, collate
+from training.frames import pair_frames, triplet_frames
 from training.images import ImageCache
-from training.labels import sample, siamcan_labels
-from training.losses import balanced_cross_entropy, diou_loss, focal_loss
-from training.module import lr_factor
+from training.labels import Cells
+from training.module import SiameseModule, load_backbone, lr_factor
 from training.pairs import Pair, PairConfig, PairSampler
 from training.recipe import OptimConfig, load_recipe, recipe_from_dict
+from training.tracks import Mask, Sighting, Track, usable
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
-POINTS = MODELS["siamcan-r50"].grid.points().numpy()  # type: ignore[attr-defined]
-COARSE = MODELS["siamcan-mobilenetv2"].grid.points().numpy()  # type: ignore[attr-defined]
-
-
-# --- labels --------------------------------------------------------------------------------------------------------
-
-
-def box(*values: float) -> np.ndarray:
-    return np.array(values, np.float64)
-
-
-def test_positives_of_a_typical_target() -> None:
-    """A 63.5 px square: r = 22.45 px, pi r^2 / 64 = 24.7 cells of the 8 px grid on average over sub-cell positions."""
-    rng = np.random.default_rng(0)
-    counts = [
-        int((siamcan_labels(POINTS, box(*(127.5 + rng.uniform(-4, 4, 2)), 63.5, 63.5)) == 1).sum()) for _ in range(400)
-    ]
-    assert np.mean(counts) == pytest.approx(24.6, abs=0.4)
-
-
-@pytest.mark.parametrize(
-    ("size", "offset", "label"),
-    [
-        # w = h = 80: r = 1600 / sqrt(3200) = 28.28, ellipse = circle of 40.
-        ((80, 80), (28.2, 0), 1),
-        ((80, 80), (28.4, 0), -1),
-        ((80, 80), (0, -39.9), -1),
-        ((80, 80), (0, -40.1), 0),
-        # w = 160, h = 40: r = 1600 / sqrt(6800) = 19.40, semi-axes 80 and 20.
-        ((160, 40), (19.3, 0), 1),
-        ((160, 40), (0, 19.3), 1),
-        ((160, 40), (19.5, 0), -1),
-        ((160, 40), (79, 0), -1),
-        ((160, 40), (0, 20.5), 0),
-        ((160, 40), (81, 0), 0),
-        # An ellipse, not the box: (60, 15) lies in the box but (60/80)^2 + (15/20)^2 = 1.125.
-        ((160, 40), (60, 15), 0),
-        ((160, 40), (55, 14), -1),
-    ],
-)
-def test_circle_ring_and_ellipse(size: tuple[float, float], offset: tuple[float, float], label: int) -> None:
-    point = np.array([[100 + offset[0], 120 + offset[1]]], np.float32)
-    assert siamcan_labels(point, box(100, 120, *size)).tolist() == [label]
-
-
-def test_nearest_gives_a_small_box_its_one_cell() -> None:
-    small = box(127, 121, 9, 9)  # between the 16 px cells: r = 3.2 px reaches none
-    assert (siamcan_labels(COARSE, small) == 1).sum() == 0
-    labels = siamcan_labels(COARSE, small, nearest=True)
-    assert np.flatnonzero(labels == 1).tolist() == [8 * 14 + 8]  # cell (8, 8) lies at 128.5
-    large = box(128, 128, 90, 70)
-    np.testing.assert_array_equal(siamcan_labels(COARSE, large), siamcan_labels(COARSE, large, nearest=True))
-
-
-@pytest.mark.parametrize(
-    ("limits", "kept"), [((16, 48), (16, 48)), ((100, 1000), (30, 500)), ((0, 5), (0, 5)), ((30, 500), (30, 500))]
-)
-def test_sample_keeps_at_most_so_many(limits: tuple[int, int], kept: tuple[int, int]) -> None:
-    labels = np.repeat(np.array([1, 0, -1], np.int8), (30, 500, 70))
-    before = labels.copy()
-    sampled = sample(labels, *limits, np.random.default_rng(0))
-    assert ((sampled == 1).sum(), (sampled == 0).sum()) == kept
-    assert ((sampled == labels) | (sampled == -1)).all()  # nothing changes side
-    np.testing.assert_array_equal(labels, before)
-    assert sampled.dtype == np.int8
-
-
-def test_sample_is_random() -> None:
-    labels = np.zeros(625, np.int8)
-    draws = [sample(labels, 16, 48, np.random.default_rng(seed)) for seed in (0, 1, 0)]
-    assert (draws[0] != draws[1]).any()
-    np.testing.assert_array_equal(draws[0], draws[2])
-
-
-# --- losses --------------------------------------------------------------------------------------------------------
-
-
-def boxes(*rows: tuple[float, ...]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("predicted", "target", "loss"),
-    [
-        ((50, 50, 20, 30), (50, 50, 20, 30), 0.0),
-        # Half overlap along x: IoU 200 / 600; hull 30 x 20, centres 10 apart.
-        ((10, 10, 20, 20), (20, 10, 20, 20), 1 - 1 / 3 + 100 / 1300),
-        # Same centre, a quarter of the area: no distance term.
-        ((0, 0, 10, 10), (0, 0, 20, 20), 0.75),
-        # Apart: IoU 0; centres 30 apart, hull 40 x 10.
-        ((0, 0, 10, 10), (30, 0, 10, 10), 1 + 900 / 1700),
-        ((0, 0, 10, 10), (10, 0, 10, 10), 1 + 100 / 500),  # touching
-    ],
-)
-def test_diou_by_hand(predicted: tuple[float, ...], target: tuple[float, ...], loss: float) -> None:
-    for scale in (1.0, 10.0):  # erratum S13: divided by c squared, the loss is free of scale
-        value = diou_loss(boxes(predicted) * scale, boxes(target) * scale)
-        assert value.tolist() == pytest.approx([loss], abs=1e-6)
-    assert diou_loss(boxes(target), boxes(predicted)).tolist() == pytest.approx([loss], abs=1e-6)
-
-
-def test_diou_of_far_boxes_nears_two_and_ranks_by_distance() -> None:
-    target = boxes((0, 0, 10, 10))
-    losses = [float(diou_loss(boxes((d, 0, 10, 10)), target)) for d in (0, 5, 10, 50, 500)]
-    assert losses == sorted(losses)
-    assert 1.9 < losses[-1] < 2
-
-
-@pytest.mark.parametrize(
-    "predicted",
-    [(50, 50, 20, 20), (70, 50, 20, 20), (200, 200, 1, 1), (50, 50, 1e-6, 1e-6), (50, 50, 0, 0), (50, 50, 500, 1e-3)],
-    ids=["identical", "touching", "far", "tiny", "no area", "sliver"],
-)
-def test_diou_gradients_are_finite(predicted: tuple[float, ...]) -> None:
-    p = boxes(predicted).requires_grad_()
-    diou_loss(p, boxes((50, 50, 20, 20))).sum().backward()
-    assert p.grad is not None
-    assert torch.isfinite(p.grad).all()
-
-
-def test_diou_pulls_a_distant_box_towards_the_target() -> None:
-    p = boxes((80, 50, 20, 20)).requires_grad_()  # no overlap: plain IoU would have no gradient
-    diou_loss(p, boxes((50, 50, 20, 20))).sum().backward()
-    assert p.grad is not None
-    assert p.grad[0, 0] > 0
-
-
-def logit(p: float) -> float:
-    return math.log(p / (1 - p))
-
-
-# A 2 x 2 map: a target cell with probability .8, background with .1 and .4, an ignored cell that is badly wrong.
-PROBABILITIES = [[0.8, 0.1], [0.4, 0.99]]
-LABELS = torch.tensor([[[1, 0], [0, -1]]], dtype=torch.int8)
-
-
-def sigmoid_map() -> Tensor:
-    return torch.tensor([[[[logit(p) for p in row] for row in PROBABILITIES]]])
-
-
-def softmax_map() -> Tensor:
-    p = torch.tensor(PROBABILITIES)
-    return torch.stack([torch.log(1 - p), torch.log(p)])[None] + 3.0
-
-
-@pytest.mark.parametrize("logits", [sigmoid_map(), softmax_map()], ids=["sigmoid", "softmax"])
-def test_balanced_cross_entropy_by_hand(logits: Tensor) -> None:
-    wanted = 0.5 * -math.log(0.8) + 0.5 * (-math.log(0.9) - math.log(0.6)) / 2
-    assert float(balanced_cross_entropy(logits, LABELS)) == pytest.approx(wanted, rel=1e-5)
-
-
-@pytest.mark.parametrize("logits", [sigmoid_map(), softmax_map()], ids=["sigmoid", "softmax"])
-def test_balanced_cross_entropy_of_a_side_without_cells(logits: Tensor) -> None:
-    background = torch.zeros(1, 2, 2, dtype=torch.int8)
-    losses = [-math.log(1 - p) for row in PROBABILITIES for p in row]
-    assert float(balanced_cross_entropy(logits, background)) == pytest.approx(0.5 * sum(losses) / 4, rel=1e-4)
-    assert float(balanced_cross_entropy(logits, background - 1)) == 0
-
-
-def test_focal_loss_by_hand() -> None:
-    wanted = 0.25 * 0.2**2 * -math.log(0.8) + 0.75 * (0.1**2 * -math.log(0.9) + 0.4**2 * -math.log(0.6))
-    assert float(focal_loss(sigmoid_map(), LABELS)) == pytest.approx(wanted, rel=1e-5)
-    two_targets = torch.tensor([[[1, 1], [0, -1]]], dtype=torch.int8)
-    positive = 0.25 * (0.2**2 * -math.log(0.8) + 0.9**2 * -math.log(0.1))
-    wanted = (positive + 0.75 * 0.4**2 * -math.log(0.6)) / 2  # divided by the number of target cells
-    assert float(focal_loss(sigmoid_map(), two_targets)) == pytest.approx(wanted, rel=1e-5)
-
-
-def test_focal_loss_without_positives_or_focus() -> None:
-    background = torch.zeros(1, 2, 2, dtype=torch.int8)
-    wanted = sum(0.75 * p**2 * -math.log(1 - p) for row in PROBABILITIES for p in row)
-    assert float(focal_loss(sigmoid_map(), background)) == pytest.approx(wanted, rel=1e-4)
-    plain = 0.5 * -(math.log(0.8) + math.log(0.9) + math.log(0.6))
-    assert float(focal_loss(sigmoid_map(), LABELS, alpha=0.5, gamma=0)) == pytest.approx(plain, rel=1e-5)
-    assert float(focal_loss(sigmoid_map(), background - 1)) == 0
-
-
-@pytest.mark.parametrize("loss", [balanced_cross_entropy, focal_loss])
-def test_ignored_cells_get_no_gradient(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-    logits = sigmoid_map().requires_grad_()
-    loss(logits, LABELS).backward()
-    assert logits.grad is not None
-    gradient = logits.grad[0, 0]
-    assert gradient[1, 1] == 0
-    assert gradient[0, 0] < 0 < gradient[0, 1] < gradient[1, 0]
+CELLS = Cells(Grid(size=25, stride=8, origin=31.5).points().numpy(), stride=8)
 
 
 # --- learning rate -------------------------------------------------------------------------------------------------
@@ -429,6 +250,27 @@ def test_image_cache_forgets_the_least_recently_used(tmp_path: Path) -> None:
     assert cache.labels(paths[0]).shape == (100, 100)
 
 
+def test_image_cache_is_empty_in_another_process(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.png", np.zeros((100, 100, 3), np.uint8))
+    cache = ImageCache(limit_gb=0.002)
+    cache.bgr(path)
+    content = pickle.dumps(cache)
+    assert len(content) < 1000
+    assert pickle.loads(content).limit_bytes == 2_000_000
+
+
+def test_image_cache_knows_the_mean_of_what_it_keeps(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    write_image(paths[0], np.full((100, 100, 3), (1, 2, 3), np.uint8))
+    write_image(paths[1], np.full((100, 100, 3), 9, np.uint8))
+    cache = ImageCache(limit_gb=30000 / 1e9)
+    assert cache.mean_bgr(paths[0]) == (1, 2, 3)
+    write_image(paths[0], np.full((100, 100, 3), 50, np.uint8))
+    assert cache.mean_bgr(paths[0]) == (1, 2, 3)
+    assert cache.mean_bgr(paths[1]) == (9, 9, 9)  # drops the other
+    assert cache.mean_bgr(paths[0]) == (50, 50, 50)
+
+
 # --- augmentation --------------------------------------------------------------------------------------------------
 
 
@@ -473,6 +315,26 @@ def test_motion_blur_keeps_brightness_and_runs_along_its_angle() -> None:
     np.testing.assert_array_equal(motion_blur(flat, 7, 1.0), flat)
 
 
+def test_corrupted_templates() -> None:
+    """DASTSiam's noise: half of the images with Gaussian noise, half with a rectangle of one colour, up to a fifth."""
+    image = np.full((63, 63, 3), 128, np.uint8)
+    image.flags.writeable = False
+    noisy, deviations, erased = [], [], []
+    for seed in range(1000):
+        out = corrupted(image, np.random.default_rng([1, seed]))
+        assert (out.shape, out.dtype) == (image.shape, np.uint8)
+        colours, counts = np.unique(out.reshape(-1, 3), axis=0, return_counts=True)
+        noisy.append(len(colours) > 2)
+        if noisy[-1]:
+            deviations.append(float(np.median(np.abs(out.astype(int) - 128))) / 0.6745)
+        else:
+            erased.append(float(counts[(colours != 128).any(axis=1)].sum()) / 63**2)
+    assert np.mean(noisy) == pytest.approx(0.5, abs=0.05)
+    assert 12 < max(deviations) < 20
+    assert np.mean(np.array(erased) > 0) == pytest.approx(0.5, abs=0.07)
+    assert 0.15 < max(erased) <= 0.2
+
+
 @pytest.mark.parametrize(
     ("centre", "size", "angle", "wanted"),
     [
@@ -511,6 +373,15 @@ def test_paste_leaves_what_alpha_leaves_out() -> None:
     found = paste(canvas, Cutout(np.full((20, 20, 3), 200, np.uint8), alpha), (25, 25), (20, 20), 0)
     assert found == pytest.approx((30, 25, 10, 20), abs=1)
     assert (canvas[:, :24] == 10).all()
+
+
+def test_paste_blends_by_alpha_rounded() -> None:
+    rng = np.random.default_rng(0)
+    canvas, bgr = (rng.integers(0, 256, (50, 50, 3)).astype(np.uint8) for _ in range(2))
+    alpha = rng.integers(0, 256, (50, 50)).astype(np.uint8)
+    below, share = canvas.copy(), alpha[:, :, None] / 255
+    assert paste(canvas, Cutout(bgr, alpha), (25, 25), (50, 50), 0) is not None
+    np.testing.assert_array_equal(canvas, np.floor(below * (1 - share) + bgr * share + 127 / 255 + 1e-9))
 
 
 # --- pairs ---------------------------------------------------------------------------------------------------------
@@ -554,7 +425,7 @@ def draw(pair_sampler: PairSampler, number: int) -> list[Pair]:
 
 
 def dataset(pair_sampler: PairSampler, seed: int = 1, **labels: Any) -> PairDataset:
-    return PairDataset(pair_sampler, POINTS, LabelConfig(**labels), seed, 100)
+    return PairDataset(pair_sampler, CELLS, LabelConfig(**{"rule": "siamcan", **labels}), seed, 100)
 
 
 def test_sample_depends_on_seed_and_index_alone(tracks: Tracks) -> None:
@@ -570,6 +441,22 @@ def test_sample_depends_on_seed_and_index_alone(tracks: Tracks) -> None:
     assert (first[5]["search"] != other[5]["search"]).any()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_batch_is_its_samples_on_any_number_of_threads(tracks: Tracks, threads: int) -> None:
+    data = dataset(sampler(tracks, mix=ALL, negative=0.3, distractor=0.5, occluder=0.5))
+    data.sampler.images.limit_bytes = 500_000  # two photos: threads push each other's out
+    wanted = [data[index] for index in range(40)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = data.__getitems__(list(range(40)))
+    finally:
+        torch.set_num_threads(before)
+    for ours, theirs in zip(found, wanted, strict=True):
+        for key in theirs:
+            np.testing.assert_array_equal(ours[key], theirs[key])
+
+
 def test_sample_shapes_and_collate(tracks: Tracks) -> None:
     batch = collate([dataset(sampler(tracks, mix=ALL))[i] for i in range(3)])
     shapes = {key: (tuple(value.shape), value.dtype) for key, value in batch.items()}
@@ -577,7 +464,7 @@ def test_sample_shapes_and_collate(tracks: Tracks) -> None:
         "template": ((3, 127, 127, 3), torch.uint8),
         "search": ((3, 255, 255, 3), torch.uint8),
         "box": ((3, 4), torch.float32),
-        "labels": ((3, 25, 25), torch.int8),
+        "labels": ((3, 625), torch.int8),
         "positive": ((3,), torch.bool),
     }
 
@@ -626,6 +513,96 @@ def test_a_mirrored_search_crop_takes_its_box_along(tracks: Tracks, monkeypatch:
         assert (columns.mean() + 0.5, rows.mean() + 0.5) == pytest.approx((cx, cy), abs=2)
 
 
+# --- triplets ------------------------------------------------------------------------------------------------------
+
+
+def triplets(tracks: Tracks, **config: Any) -> PairSampler:
+    return PairSampler(*tracks, PairConfig(**config), ImageCache(0.1), 127, 255, triplets=True)
+
+
+@pytest.mark.parametrize("kind", ["video", "still", "cutout", "region"])
+def test_each_kind_draws_triplets(tracks: Tracks, kind: str) -> None:
+    for pair in draw(triplets(tracks, mix={kind: 1.0}, negative=0.0), 8):
+        crops = [pair.template, pair.history, pair.current]
+        assert all(crop is not None and crop.shape == (127, 127, 3) and crop.dtype == np.uint8 for crop in crops)
+        assert len({crop.tobytes() for crop in crops if crop is not None}) == 3  # no copies of each other
+        assert pair.search.shape == (255, 255, 3)
+
+
+def test_triplets_show_the_target_in_every_template(tracks: Tracks, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("photometric", "corrupted"):
+        monkeypatch.setattr(pairs_module, name, lambda image, rng: image)
+    for kind in ("video", "still", "cutout"):
+        for pair in draw(triplets(tracks, mix={kind: 1.0}, **PLAIN), 6):
+            for crop in (pair.template, pair.history, pair.current):
+                assert crop is not None
+                assert np.abs(crop[63, 63].astype(int) - TARGET_BGR).max() < 40
+                assert np.abs(crop[3, 3].astype(int) - BACKGROUND).max() < 40
+
+
+def test_only_history_and_current_are_corrupted(tracks: Tracks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Section 2.3: noise is added to T_a and T_c."""
+    monkeypatch.setattr(pairs_module, "corrupted", lambda image, rng: np.zeros_like(image))
+    (pair,) = draw(triplets(tracks, mix={"video": 1.0}, **PLAIN), 1)
+    assert pair.history is not None
+    assert pair.current is not None
+    assert (pair.template.any(), pair.search.any(), pair.history.any(), pair.current.any()) == (
+        True,
+        True,
+        False,
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("frames", "length"),
+    [(range(200), 50), (range(0, 400, 7), 50), ((0, 1, 2, 30, 31, 90, 200, 201, 202, 203), 20), (range(4), 50)],
+    ids=["long", "sparse", "with gaps", "short"],
+)
+def test_triplet_frames(frames: tuple[int, ...], length: int) -> None:
+    numbers = np.array(frames)
+    drawn = [triplet_frames(numbers, length, np.random.default_rng(seed)) for seed in range(300)]
+    order = []
+    for first, history, current, later in drawn:
+        used = numbers[[first, history, current, later]]
+        assert np.ptp(used) < length
+        assert current - history in (0, 1)
+        assert history <= current <= later
+        order.append((current > history, later > current, first < history, first > later))
+    by_pattern = np.mean(order, axis=0)
+    if frames in (range(200), range(4)):
+        assert by_pattern[:2].tolist() == [1, 1]  # neighbours, and the search crop after them
+        assert by_pattern[2] > 0.1  # T_i is any frame of the part
+        assert {first for first, *_ in drawn} == set(range(len(frames))) or len(frames) > 4
+
+
+def test_pair_frames_are_uniform_among_those_in_range() -> None:
+    frames = np.array([0, 1, 5, 6, 7, 30])
+    drawn = [pair_frames(frames, 5, np.random.default_rng(seed)) for seed in range(3000)]
+    later = [second for first, second in drawn if first == 2]  # frame 5: from 0 to 7
+    counts = np.bincount(later, minlength=6) / len(later)
+    assert counts[5] == 0
+    assert counts[:5] == pytest.approx([0.2] * 5, abs=0.06)
+    assert {second for first, second in drawn if first == 5} == {5}
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(1, {(0, 0, 0)}), (2, {(0, 1, 1)}), (3, {(0, 1, 2)})])
+def test_triplets_of_very_short_tracks(count: int, wanted: set[tuple[int, int, int]]) -> None:
+    drawn = {triplet_frames(np.arange(count), 50, np.random.default_rng(seed))[1:] for seed in range(50)}
+    assert drawn == wanted
+
+
+def test_triplet_samples_collate_and_repeat(tracks: Tracks) -> None:
+    first, again = (dataset(triplets(tracks, mix=ALL, negative=0.3)) for _ in range(2))
+    first[0]
+    for key, value in first[3].items():
+        np.testing.assert_array_equal(value, again[3][key])
+    batch = collate([first[i] for i in range(2)])
+    assert {key: tuple(batch[key].shape) for key in ("template", "history", "current")} == dict.fromkeys(
+        ("template", "history", "current"), (2, 127, 127, 3)
+    )
+
+
 @pytest.mark.parametrize(
     ("angle", "size"), [(0.0, (60, 20)), (90.0, (20, 60)), (-90.0, (20, 60)), (30.0, (52.92, 34.64))]
 )
@@ -660,7 +637,7 @@ def test_negative_pairs_show_another_source(tracks: Tracks, monkeypatch: pytest.
 
     def noted(self: PairSampler, kind: str, rng: np.random.Generator) -> Any:
         drawn = original(self, kind, rng)
-        sources.append(drawn[3])
+        sources.append(drawn.source)
         return drawn
 
     monkeypatch.setattr(PairSampler, "_draw_kind", noted)
@@ -692,7 +669,7 @@ def test_positive_pairs_are_labelled_at_their_box(tracks: Tracks) -> None:
     for i in range(6):
         item = whole[i]
         assert item["positive"]
-        rows, columns = np.nonzero(item["labels"] == 1)
+        rows, columns = np.nonzero(item["labels"].reshape(25, 25) == 1)
         assert rows.size
         assert 31.5 + 8 * columns.mean() == pytest.approx(item["box"][0], abs=8)
         assert 31.5 + 8 * rows.mean() == pytest.approx(item["box"][1], abs=8)
@@ -771,6 +748,17 @@ def test_ranks_partition_what_one_process_sees() -> None:
         assert [i for both in zip(*drawn, strict=True) for i in both] == list(whole)
 
 
+def test_a_run_resumed_within_an_epoch_goes_on_behind_its_last_step() -> None:
+    """Two processes, three steps of two samples each an epoch; the run has made four steps."""
+    seen = []
+    for rank in range(2):
+        sampler = EpochSampler(12, rank, world=2, batch_size=2, steps_done=lambda: 4)
+        sampler.set_epoch(1)
+        assert len(sampler) == 6  # a whole epoch: the trainer counts what it has behind it
+        seen += list(sampler)
+    assert sorted(seen) == list(range(16, 24))
+
+
 def test_epochs_do_not_overlap() -> None:
     s = EpochSampler(101, 1, 2)
     seen: list[int] = []
@@ -801,6 +789,107 @@ def test_paper_recipe_is_the_paper() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "wanted"),
+    # Epochs, pairs, batch, frozen epochs, stages thawed; peak and last rate, warm-up; shares of negative pairs.
+    [
+        ("siamfc", (50, 9335, 8, 0, 5, 0.01, 1e-5, 0, 0.0)),
+        ("siamrpnpp-r50", (20, 600_000, 224, 10, 3, 0.005, 5e-4, 5, 0.2)),
+        ("siamban-r50", (20, 1_000_000, 84, 10, 3, 0.005, 5e-5, 5, 0.2)),
+        ("siamcar-r50", (20, 600_000, 80, 10, 3, 0.005, 5e-4, 5, 0.0)),
+        ("siamla-r50", (50, 600_000, 128, 5, 3, 0.005, 1e-5, 5, 0.0)),
+        ("dastsiam-r50", (50, 60_000, 12, 10, 2, 0.005, 5e-4, 10, 0.0)),  # see the next test
+    ],
+)
+def test_paper_recipes_are_the_papers(name: str, wanted: tuple[float, ...]) -> None:
+    r = load_recipe(RECIPES / f"{name}.yaml")
+    assert wanted == (
+        *(r.epochs, r.pairs_per_epoch, r.batch_size, r.unfreeze_epoch, r.unfreeze_stages),
+        *(r.optim.lr, r.optim.final_lr, r.optim.warmup_epochs, r.data.pairs.negative),
+    )
+    assert (r.optim.optimiser, r.optim.decay, r.optim.clip) == ("sgd", "exponential", 10)
+    assert r.optim.weight_decay == (5e-4 if name == "siamfc" else 1e-4)
+
+
+def test_dastsiam_rate_falls_when_the_backbone_thaws() -> None:
+    """Section 3.1: "fixed for the first 10 epochs", then from 0.005 to 0.0005 "for the remainder"."""
+    optim = load_recipe(RECIPES / "dastsiam-r50.yaml").optim
+    rates = [optim.lr * lr_factor(epoch, 50, 10, optim) for epoch in (0, 5, 10, 30, 50)]
+    assert rates == pytest.approx([0.005, 0.005, 0.005, math.sqrt(0.005 * 0.0005), 0.0005])
+
+
+@pytest.mark.parametrize("name", ["siamrpnpp", "siamban", "siamcar", "siamcan", "siamla", "dastsiam"])
+def test_paper_jitter_is_that_of_independent_sides(name: str) -> None:
+    """Width and height of pysot's crops vary each on its own, by 5 % and 18 %: as much, and uncorrelated."""
+    pairs = load_recipe(RECIPES / f"{name}-r50.yaml").data.pairs
+    rng = np.random.default_rng(0)
+    for jitter, share in ((pairs.template, 0.05), (pairs.search, 0.18)):
+        windows = [jittered_window((0, 0, 2e4, 1e4), 127, 255, jitter, rng) for _ in range(3000)]
+        logs = np.log([(window.width, window.height) for window in windows])
+        assert logs.std(axis=0) == pytest.approx([share / math.sqrt(3)] * 2, rel=0.05)
+        assert abs(np.corrcoef(logs.T)[0, 1]) < 0.08
+
+
+def test_siamfc_jitter_is_one_scale_for_both_sides() -> None:
+    pairs = load_recipe(RECIPES / "siamfc.yaml").data.pairs
+    assert pairs.template == pairs.search == Jitter(shift_px=4, scale=0.05, stretch=0)
+
+
+def test_siamban_takes_three_tenths_stills() -> None:
+    assert load_recipe(RECIPES / "siamban-r50.yaml").data.pairs.mix == {"video": 0.7, "still": 0.3}
+
+
+def test_training_starts_from_a_checkpoint(tmp_path: Path) -> None:
+    def module(weights: Path | None, root: str | None = "") -> Any:
+        return SiameseModule({"model": "siamcan-mobilenetv2", "weights": str(weights or "")}, root)
+
+    net = MODELS["siamcan-mobilenetv2"]()
+    for name, prefix in (("bare", ""), ("run", "net.")):
+        state = {prefix + key: value for key, value in net.state_dict().items()}
+        extra = {"search_graph.net.mix.0.weight": torch.zeros(1)} if prefix else {}
+        torch.save({"state_dict": state | extra, "epoch": 3}, tmp_path / f"{name}.pth")
+        for key, value in module(tmp_path / f"{name}.pth").net.state_dict().items():
+            torch.testing.assert_close(value, net.state_dict()[key])
+    # A run that is resumed or exported has its own weights, wherever it once started.
+    assert module(tmp_path / "gone.pth", root=None).recipe.weights
+    with pytest.raises(ValueError, match=r"gone.pth: no such file"):
+        module(tmp_path / "gone.pth")
+    torch.save(MODELS["siamla-mobilenetv2"]().state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other.pth does not fit SiamCANEdge: attention.conv.weight"):
+        module(tmp_path / "other.pth")
+
+
+def test_torchvision_backbone_is_fitted_to_raw_pixels(tmp_path: Path) -> None:
+    """Weights for normalised RGB, in a network that takes BGR in 0..255: frozen, it could not make up for that."""
+    torch.manual_seed(0)
+    theirs, ours = ResNet50Dilated().eval(), ResNet50Dilated()
+    state = {
+        name: value[:, :, 1:2, 1:2] if "downsample.0" in name and value.shape[2] == 3 else value
+        for name, value in theirs.state_dict().items()
+    }
+    path = tmp_path / "resnet50.safetensors"
+    path.touch()
+    with patch("training.module.load_file", return_value=state):
+        load_backbone(ours, path)
+    rgb = torch.rand(2, 3, 63, 63)
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        wanted = theirs.bn1(theirs.conv1((rgb - mean[:, None, None]) / deviation[:, None, None]))
+        found = ours.eval().bn1(ours.conv1(255 * rgb.flip(1)))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_paper_weights_of_the_terms() -> None:
+    def weights(name: str) -> dict[str, float]:
+        objective = load_recipe(RECIPES / f"{name}.yaml").build_objective()
+        return {k: v for k, v in to_plain(objective).items() if type(v) is float and k != "boundary"}
+
+    assert weights("siamrpnpp-r50") == {"cls": 1, "loc": 1.2}
+    assert weights("siamcar-r50") == {"cls": 1, "loc": 3, "quality": 1}
+    assert weights("siamla-r50") == {"cls": 1, "loc": 1, "quality": 1}
+    assert weights("dastsiam-r50") == {"cls": 1, "loc": 1, "second": 1}
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"colour": 1}, "unknown field colour"),
@@ -816,15 +905,36 @@ def test_paper_recipe_is_the_paper() -> None:
         ({"optim": {"lr": 0}}, "lr must be above 0"),
         ({"optim": {"optimiser": "lion"}}, "optimiser must be one of sgd, adamw, got 'lion'"),
         ({"optim": {"decay": "linear"}}, "decay must be one of"),
-        ({"model": "siamfc"}, "model must be one of siamcan-r50, siamcan-mobilenetv2, got 'siamfc'"),
+        ({"model": "siamnet"}, "model must be one of siamfc, .*, got 'siamnet'"),
+        ({"model_config": {"chanels": 3}}, "model_config of siamcan-mobilenetv2: unknown field chanels; known: blocks"),
+        ({"model_config": {"blocks": "two"}}, "model_config of siamcan-mobilenetv2.blocks: expected a whole number"),
+        ({"model_config": ["blocks"]}, "recipe.model_config: expected a mapping"),
+        ({"model": "siamban-r50", "model_config": {"correlation": "x"}}, "correlation must be one of"),
+        ({"objective": "siamese"}, "objective must be one of siamfc, "),
+        ({"objective_config": {"cls_weight": 1}}, "objective_config of siamcan: unknown field cls_weight; known: cent"),
+        ({"objective_config": {"loc": "much"}}, "objective_config of siamcan.loc: expected a number, got 'much'"),
+        ({"objective_config": {"loc": -1}}, "loc must be at least 0, got -1.0"),
+        ({"objective_config": {"regression": "l1"}}, "regression must be one of iou, log_iou, giou, diou, got 'l1'"),
+        ({"data": {"labels": {"rule": "circle"}}}, "recipe.data.labels: rule must be one of"),
+        ({"data": {"labels": {"rule": "siamrpn"}}}, "anchors' labels; objective siamcan has no anchors"),
+        ({"data": {"pairs": {"triplet_frames": 3}}}, "triplet_frames must be at least 4, got 3"),
         ({"model": None}, "recipe.model: expected text, got None"),
-        ({"classification": "hinge"}, "classification must be one of"),
+        ({"objective_config": {"classification": "hinge"}}, "classification must be one of balanced_ce, focal"),
         ({"data": {"labels": {"nearest": "yes"}}}, "recipe.data.labels.nearest: expected true or false"),
     ],
 )
 def test_recipe_errors_name_the_field(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe_from_dict({"model": "siamcan-mobilenetv2", **change})
+
+
+def test_model_config_builds_the_model() -> None:
+    recipe = recipe_from_dict({"model": "siamla-mobilenetv2", "model_config": {"channels": 32, "non_local": False}})
+    net: Any = build_model(recipe.model, recipe.model_config)
+    assert (net.config.channels, net.config.non_local, net.config.aggregation) == (32, False, True)
+    assert net.neck16.weight.shape[0] == 32
+    with pytest.raises(ValueError, match="unknown model 'siamnet'; known: siamfc"):
+        build_model("siamnet")
 
 
 def test_recipe_without_a_model() -> None:
@@ -846,3 +956,33 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("model: siamcan-r50\noptim: {lr: 1e-3}\n")  # YAML 1.1 reads 1e-3 as text
     assert load_recipe(file).optim.lr == 0.001
+
+
+def ablation_rows() -> list[tuple[str, str]]:
+    """Name of the recipe and the fields that each row of a table in ``docs/papers.md`` changes."""
+    rows, table = [], ""
+    for line in (RECIPES.parent.parent / "docs" / "papers.md").read_text().splitlines():
+        named = re.search(r"[Rr]ecipe `([\w-]+)`", line)
+        if line.startswith("#"):
+            table = ""
+        elif named and not re.search(r"`model: ", line):
+            table = named[1]
+        fields = re.findall(r"`((?:model|model_config|objective|objective_config|labels): [^`]+)`", line)
+        fields += [f"model_config: {switches}" for switches in re.findall(r"\| `(\{[^`]+\})`", line)]
+        if table and fields and line.startswith("| "):
+            rows.append((named[1] if named else table, "\n".join(fields)))
+    return rows
+
+
+@pytest.mark.parametrize(("name", "fields"), ablation_rows())
+def test_documented_ablations_are_recipes(name: str, fields: str) -> None:
+    changes = yaml.safe_load(fields)
+    content = to_plain(load_recipe(RECIPES / f"{name}.yaml"))
+    content["data"]["labels"] |= changes.pop("labels", {})
+    recipe = recipe_from_dict({**content, **changes})
+    assert changes == {key: to_plain(recipe)[key] for key in changes}
+    assert recipe.labels.rule
+
+
+def test_every_table_of_ablations_is_found() -> None:
+    assert {"siamcan-r50", "siamla-r50", "dastsiam-r50", "siamfc"} <= {name for name, _ in ablation_rows()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import cv2
@@ -13,6 +13,9 @@ from siamtrack.crop import Window, context_size, mean_bgr
 
 Image = NDArray[np.uint8]
 Rng = np.random.Generator
+KERNEL_PX = 13  # side that every blur's kernel fits in
+RAMP = np.arange(256) / 255.0
+CORRUPTION_CHANCE = 0.5  # of noise, and of a rectangle
 
 
 @dataclass(frozen=True)
@@ -43,39 +46,168 @@ def jittered_window(
     return Window(round(cx - width / 2), round(cy - height / 2), width, height)
 
 
-def photometric(image: Image, rng: Rng) -> Image:
-    """Random light, colour, greyness, blur, motion blur and loss of resolution, often mild; same shape, new array."""
+@dataclass(frozen=True)
+class Light:
+    """How one crop is lit and how sharp it is. At most one of motion blur, Gaussian blur and coarse resolution.
+
+    Attributes:
+        gain: factor on a value in 0 to 1.
+        gamma: exponent of the value, before the gain.
+        tint_bgr: added to each channel, after the gain.
+        grey: no colour.
+        motion_px: length of the motion blur, at most `KERNEL_PX` pixels; 0 for none.
+        motion_rad: its direction.
+        sigma_px: deviation of the Gaussian blur, so that `KERNEL_PX` holds three of them to each side; 0 for none.
+        coarse_px: side that the crop is shrunk to before it is enlarged again; 0 for none.
+    """
+
+    gain: float
+    gamma: float
+    tint_bgr: tuple[float, float, float]
+    grey: bool
+    motion_px: int = 0
+    motion_rad: float = 0.0
+    sigma_px: float = 0.0
+    coarse_px: int = 0
+
+    def table(self) -> NDArray[np.uint8]:
+        """What gain, gamma and tint make of the values 0 to 255 in each channel ``[256, 3]``."""
+        values = 255 * ((self.gain * RAMP**self.gamma)[:, None] + self.tint_bgr)
+        return np.clip(values, 0, 255).astype(np.uint8)
+
+    def kernel(self) -> NDArray[np.float32] | None:
+        """Weights ``[KERNEL_PX, KERNEL_PX]`` of the blur about the middle pixel, of sum 1; None without blur."""
+        if self.motion_px:
+            small = motion_kernel(self.motion_px, self.motion_rad)
+        elif self.sigma_px:
+            side = round(6 * self.sigma_px + 1) | 1  # OpenCV's choice for bytes
+            line = np.asarray(cv2.getGaussianKernel(side, self.sigma_px, cv2.CV_32F), np.float32)
+            small = line @ line.T
+        else:
+            return None
+        kernel = np.zeros((KERNEL_PX, KERNEL_PX), np.float32)
+        start = KERNEL_PX // 2 - len(small) // 2
+        kernel[start : start + len(small), start : start + len(small)] = small
+        return kernel
+
+
+def draw_light(side_px: int, rng: Rng) -> Light:
+    """A random light, often mild, for a crop of `side_px`."""
     strength = rng.uniform(0.2, 1.0)
     gain = 1 + strength * rng.uniform(-0.3, 0.3)
-    gamma = np.exp(strength * rng.uniform(-0.35, 0.35))
-    ramp = np.arange(256) / 255.0
-    table = np.empty((1, 256, 3), np.uint8)
-    for channel in range(3):
-        tint = strength * rng.uniform(-0.08, 0.08)
-        table[0, :, channel] = np.clip(255 * (gain * ramp**gamma + tint), 0, 255)
-    out: Any = cv2.LUT(image, table)
-    if rng.random() < 0.12 * strength:
-        out = cv2.cvtColor(cv2.cvtColor(out, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    gamma = float(np.exp(strength * rng.uniform(-0.35, 0.35)))
+    blue, green, red = (strength * rng.uniform(-0.08, 0.08) for _ in range(3))
+    grey = rng.random() < 0.12 * strength
+    light = Light(gain, gamma, (blue, green, red), grey)
     blur = rng.random()
     if blur < 0.12 * strength:
-        out = motion_blur(out, int(rng.integers(3, 14)), rng.uniform(0, np.pi))
-    elif blur < 0.22 * strength:
-        out = cv2.GaussianBlur(out, (0, 0), rng.uniform(0.6, 2.0))
-    elif blur < 0.34 * strength:
-        size = out.shape[0]
-        small = max(int(size * rng.uniform(0.25, 0.7)), 8)
-        out = cv2.resize(cv2.resize(out, (small, small), interpolation=cv2.INTER_AREA), (size, size))
+        return replace(light, motion_px=int(rng.integers(3, KERNEL_PX + 1)), motion_rad=rng.uniform(0, np.pi))
+    if blur < 0.22 * strength:
+        return replace(light, sigma_px=rng.uniform(0.6, 2.0))
+    if blur < 0.34 * strength:
+        return replace(light, coarse_px=max(int(side_px * rng.uniform(0.25, 0.7)), 8))
+    return light
+
+
+def photometric(image: Image, rng: Rng) -> Image:
+    """Random light, colour, greyness, blur, motion blur and loss of resolution, often mild; same shape, new array."""
+    side = image.shape[0]
+    light = draw_light(side, rng)
+    out: Any = cv2.LUT(image, light.table()[None])
+    if light.grey:
+        out = cv2.cvtColor(cv2.cvtColor(out, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    if light.motion_px:
+        out = motion_blur(out, light.motion_px, light.motion_rad)
+    elif light.sigma_px:
+        out = cv2.GaussianBlur(out, (0, 0), light.sigma_px)
+    elif light.coarse_px:
+        coarse = cv2.resize(out, (light.coarse_px, light.coarse_px), interpolation=cv2.INTER_AREA)
+        out = cv2.resize(coarse, (side, side))
     return cast(Image, out)
 
 
-def motion_blur(image: Image, length_px: int, angle: float) -> Image:
-    """Average along a line of `length_px` pixels at `angle` radians."""
+@dataclass(frozen=True)
+class Corruption:
+    """Noise on one crop, and a rectangle of one colour over a part of it.
+
+    Attributes:
+        deviation: of Gaussian noise, in values of 0 to 255; 0 for none.
+        patch_xyxy: the rectangle, in whole pixels; without area for none.
+        patch_bgr: its colour, 0 to 255.
+    """
+
+    deviation: float = 0.0
+    patch_xyxy: tuple[int, int, int, int] = (0, 0, 0, 0)
+    patch_bgr: tuple[int, int, int] = (0, 0, 0)
+
+
+def draw_corruption(width: int, height: int, noisy: bool, rng: Rng) -> Corruption:
+    """A random corruption of a crop of this size, with a deviation if it is `noisy`."""
+    deviation = rng.uniform(0, 15) if noisy else 0.0
+    if rng.random() >= CORRUPTION_CHANCE:
+        return Corruption(deviation)
+    area, aspect = rng.uniform(0.02, 0.2), np.exp(rng.uniform(-1, 1))
+    w = min(int(width * np.sqrt(area * aspect)), width)
+    h = min(int(height * np.sqrt(area / aspect)), height)
+    left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+    blue, green, red = (int(v) for v in rng.integers(0, 256, 3))
+    return Corruption(deviation, (left, top, left + w, top + h), (blue, green, red))
+
+
+def corrupted(image: Image, rng: Rng) -> Image:
+    """Noise for the templates that DASTSiam fuses (section 2.3), which does not say what kind.
+
+    Each with a chance of one half: Gaussian noise of a deviation uniform in 0 to 15, and a rectangle of one random
+    colour over up to a fifth of the area. Same shape, new array.
+    """
+    height, width = image.shape[:2]
+    noise = rng.standard_normal(image.shape, np.float32) if rng.random() < CORRUPTION_CHANCE else None
+    corruption = draw_corruption(width, height, noise is not None, rng)
+    out = image.copy()
+    if noise is not None:
+        out = np.clip(np.rint(out + noise * np.float32(corruption.deviation)), 0, 255).astype(np.uint8)
+    left, top, right, bottom = corruption.patch_xyxy
+    out[top:bottom, left:right] = corruption.patch_bgr
+    return out
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What `photometric` and `corrupted` would do to a crop, to be done later (`training.device_augment`).
+
+    Attributes:
+        light: see there.
+        corruption: see there; the default is none.
+        noise_seed: what its noise is drawn with.
+    """
+
+    light: Light
+    corruption: Corruption = Corruption()
+    noise_seed: int = 0
+
+
+def draw_effects(side_px: int, corrupts: bool, rng: Rng) -> Effects:
+    """Random effects for a square crop of `side_px`: light, and corruption if it `corrupts`."""
+    light = draw_light(side_px, rng)
+    if not corrupts:
+        return Effects(light)
+    noisy, seed = rng.random() < CORRUPTION_CHANCE, int(rng.integers(2**31))
+    return Effects(light, draw_corruption(side_px, side_px, noisy, rng), seed)
+
+
+def motion_kernel(length_px: int, angle: float) -> NDArray[np.float32]:
+    """Equal weights ``[length_px, length_px]`` along a line of so many pixels at `angle` radians, of sum 1."""
     kernel = np.zeros((length_px, length_px), np.float32)
     middle = (length_px - 1) / 2
     tip = np.array([np.cos(angle), np.sin(angle)]) * middle
     start, end = np.round(middle - tip).astype(int), np.round(middle + tip).astype(int)
     cv2.line(kernel, (int(start[0]), int(start[1])), (int(end[0]), int(end[1])), 1.0)
-    return np.asarray(cv2.filter2D(image, -1, kernel / kernel.sum()), np.uint8)
+    return kernel / kernel.sum()
+
+
+def motion_blur(image: Image, length_px: int, angle: float) -> Image:
+    """Average along a line of `length_px` pixels at `angle` radians."""
+    return np.asarray(cv2.filter2D(image, -1, motion_kernel(length_px, angle)), np.uint8)
 
 
 def rotate(
@@ -148,7 +280,7 @@ def paste(
     rows, columns = np.flatnonzero((alpha > 127).any(axis=1)), np.flatnonzero((alpha > 127).any(axis=0))
     if not rows.size or not columns.size:
         return None
-    share = alpha[:, :, None].astype(np.uint16)
+    share = cv2.merge((alpha, alpha, alpha)).astype(np.uint16)  # broadcasting over three values a pixel takes longer
     region = canvas[y0:y1, x0:x1]
     region[:] = (region * (255 - share) + bgr * share + 127) // 255
     left, right, top, bottom = x0 + columns[0], x0 + columns[-1] + 1, y0 + rows[0], y0 + rows[-1] + 1

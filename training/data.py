@@ -1,75 +1,24 @@
-"""Readers: public layouts in, tracks of sightings out.
+"""Readers of our own layouts and of COCO: annotations in, tracks of sightings out.
 
-A *sighting* is one target in one image; a *track* is the same target over images in time order. A still photo gives
-tracks of one sighting. Readers touch annotation files only; images are opened when a pair is drawn.
+They touch annotation files only; images are opened when a pair is drawn. `training.layouts` has the other public
+layouts.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from siamtrack.sources import list_images
-
-Box = tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class Mask:
-    """The outline of a target: a label image, or polygons.
-
-    Attributes:
-        path: label image of the photo's size, or None.
-        value: the target's value in the label image; 0 stands for "anything not zero".
-        polygons: outlines ``((x0, y0, x1, y1, ...), ...)`` in image pixels, used when `path` is None.
-    """
-
-    path: Path | None = None
-    value: int = 0
-    polygons: tuple[tuple[float, ...], ...] = ()
-
-    def alpha(self, labels: NDArray[np.uint8] | None, box_xyxy: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-        """Coverage 0 or 255 inside whole-pixel corners; `labels` is the decoded `path`."""
-        x0, y0, x1, y1 = box_xyxy
-        if labels is not None:
-            part = labels[y0:y1, x0:x1]
-            inside = part == self.value if self.value else part > 0
-            return np.where(inside, np.uint8(255), np.uint8(0))
-        alpha = np.zeros((y1 - y0, x1 - x0), np.uint8)
-        outlines = [np.round(np.reshape(p, (-1, 2)) - (x0, y0)).astype(np.int32) for p in self.polygons]
-        cv2.fillPoly(alpha, outlines, 255)
-        return alpha
-
-
-@dataclass(frozen=True)
-class Sighting:
-    """One target in one image: ``box_xywh`` in image pixels (continuous, 0-based)."""
-
-    image: Path
-    box_xywh: Box
-    mask: Mask | None = None
-
-
-@dataclass(frozen=True)
-class Track:
-    """The sightings of one target in time order; `frames` holds their frame numbers."""
-
-    name: str
-    sightings: tuple[Sighting, ...]
-    frames: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if not self.sightings or len(self.sightings) != len(self.frames):
-            raise ValueError(f"track {self.name}: {len(self.sightings)} sightings, {len(self.frames)} frame numbers")
+from training.tracks import Box, Mask, Sighting, Track
 
 
 def read_video(folder: Path) -> list[Track]:
@@ -125,7 +74,7 @@ def read_stills(folder: Path) -> list[Track]:
     """
     tracks = []
     for number, row in enumerate(_read_csv(folder / "boxes.csv", ("image", "x", "y", "w", "h"))):
-        image = folder / "img" / row["image"]
+        image = Path(os.path.normpath(folder / "img" / row["image"]))  # a photo has one name, from wherever it is named
         text = row.get("mask") or ""
         mask = None
         if text.startswith("["):
@@ -162,20 +111,6 @@ def read_coco(annotations: Path, images: Path) -> list[Track]:
         sighting = Sighting(files[item["image_id"]], (x, y, w, h), Mask(polygons=polygons) if polygons else None)
         tracks.append(Track(f"{annotations.stem}:{item['id']}", (sighting,), (0,)))
     return tracks
-
-
-def usable(tracks: Sequence[Track], min_side_px: float = 10.0) -> list[Track]:
-    """Tracks without the sightings whose box is thinner than `min_side_px`; tracks left empty are dropped."""
-    kept = []
-    for track in tracks:
-        pairs = [
-            (s, f)
-            for s, f in zip(track.sightings, track.frames, strict=True)
-            if min(s.box_xywh[2:]) >= min_side_px and max(s.box_xywh[2:]) < 12 * min(s.box_xywh[2:])
-        ]
-        if pairs:
-            kept.append(Track(track.name, tuple(s for s, _ in pairs), tuple(f for _, f in pairs)))
-    return kept
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:

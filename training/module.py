@@ -1,34 +1,35 @@
-"""The Lightning modules: what one training step does, and which pairs it sees."""
+"""The Lightning module: what one training step does."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from siamtrack.nets import MODELS
-from siamtrack.nets.backbones import MobileNetV2, ResNet50Dilated, load_mobilenetv2_imagenet, load_resnet50_imagenet
-from siamtrack.nets.decode import SearchGraph, TemplateGraph, decode_boxes, normalise
-from siamtrack.sources import list_images
-from training.data import Track, read_coco, read_stills, read_video, usable
-from training.dataset import EpochSampler, PairDataset, collate
-from training.images import ImageCache
-from training.losses import balanced_cross_entropy, diou_loss, focal_loss
-from training.pairs import PairSampler
-from training.recipe import OptimConfig, Recipe, recipe_from_dict
+from siamtrack.nets.backbones import MobileNetV2, ResNet50, TwoBackbones
+from siamtrack.nets.build import build_model
+from siamtrack.nets.decode import AnchorBased, SearchGraph, TemplateGraph, is_adaptive, normalise
+from siamtrack.nets.importing import read_weights
+from siamtrack.nets.pretrained import import_mobilenetv2, import_resnet50
+from training.device_augment import augmented
+from training.labels import Cells
+from training.losses import box_iou
+from training.objectives import check_fit
+from training.recipe import OptimConfig, recipe_from_dict
 
 Batch = dict[str, Tensor]
+CROPS = ("template", "search", "history", "current")
+LOSS_LIMIT = 1e4  # a batch with a larger loss is broken (pysot)
 
 
 class SiameseModule(L.LightningModule):
-    """Trains any model of `siamtrack.nets.MODELS` on template-search pairs.
+    """Trains any model of `siamtrack.nets.MODELS` on template-search pairs or triplets of templates.
 
     Args:
         recipe: as plain values (`siamtrack.plain.to_plain`), so that checkpoints load without unpickling code.
@@ -39,12 +40,17 @@ class SiameseModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters("recipe")
         self.recipe = recipe_from_dict(recipe)
-        self.net = MODELS[self.recipe.model]()
+        self.net = build_model(self.recipe.model, self.recipe.model_config)
+        self.objective = self.recipe.build_objective()
+        check_fit(self.recipe.objective_name, self.objective, self.recipe.model, self.net.decoder)
         if data_root is not None and self.recipe.backbone:
             load_backbone(cast(nn.Module, self.net.backbone), Path(data_root) / self.recipe.backbone)
+        if data_root is not None and self.recipe.weights:
+            load_weights(self.net, Path(self.recipe.weights))
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.search_graph = SearchGraph(self.net)  # type: ignore[arg-type]
         self.template_graph = TemplateGraph(self.net)  # type: ignore[arg-type]
+        self._statistics: list[Tensor] = []
         if not 0 <= self.recipe.unfreeze_stages <= len(self._stages()):
             raise ValueError(
                 f"unfreeze_stages must be 0 to {len(self._stages())} for {self.recipe.model}, "
@@ -57,48 +63,64 @@ class SiameseModule(L.LightningModule):
     def _stages(self) -> list[nn.Module]:
         return cast(Any, self.net).backbone.trainable_stages()
 
+    def on_train_start(self) -> None:
+        """A run resumed within an epoch starts none (Lightning calls no `on_train_epoch_start` then)."""
+        self.set_stages()
+
     def on_train_epoch_start(self) -> None:
+        self.set_stages()
+
+    def set_stages(self) -> None:
         """Freeze the backbone, or thaw its last stages; statistics of frozen stages stay fixed."""
         self.net.backbone.eval()  # type: ignore[union-attr]
         thawed = self.current_epoch >= self.recipe.unfreeze_epoch
         for stage in self._stages()[len(self._stages()) - self.recipe.unfreeze_stages :]:
             stage.requires_grad_(thawed).train(thawed)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout depends on seed, step and process alone, so that a resumed run repeats it."""
+        torch.manual_seed(_step_seed(self.recipe.seed, self.global_step, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        batch = augmented(batch)
+        self._statistics = [buffer.clone() for buffer in self.net.buffers()]
         normalisation = cast(Any, self.net).normalisation
-        raw = self.net(normalise(batch["template"], normalisation), normalise(batch["search"], normalisation))
-        logits, labels = raw.logits.float(), batch["labels"]
-        classify = focal_loss if self.recipe.classification == "focal" else balanced_cross_entropy
-        cls_loss = classify(logits, labels)
-        boxes = decode_boxes(raw.ltrb.float(), self.search_graph.points)  # [N, H*W, 4]
-        target = labels.flatten(1) == 1
-        wanted = batch["box"][:, None].expand_as(boxes)[target]
-        loc_loss = diou_loss(boxes[target], wanted).sum() / target.sum().clamp(min=1)
-        loss = self.recipe.cls_weight * cls_loss + self.recipe.loc_weight * loc_loss
-        self.log_dict({"train/cls": cls_loss, "train/loc": loc_loss, "train/loss": loss.detach()})
+        crops = {name: normalise(batch[name], normalisation) for name in CROPS if name in batch}
+        raw = self.net(**crops)
+        terms = self.objective(raw, batch, self.net.decoder)
+        loss = self.objective.total(terms)
+        self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
+        self.log("train/loss", loss.detach())
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        if not torch.isfinite(loss) or loss > 1e4:
-            # A broken batch must not reach the weights; zero gradients keep all processes in step.
-            return torch.nan_to_num(loss, 0.0, 0.0, 0.0) * 0.0
-        return loss
+        # A broken batch must not reach the weights. Its gradients are made NaN, which every process learns of when they
+        # are averaged: all of them skip the step (`on_before_optimizer_step`), and none waits for another.
+        broken = ~torch.isfinite(loss.detach()) | (loss.detach() > LOSS_LIMIT)
+        return loss * torch.where(broken, torch.nan, 1.0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Zero a gradient that is not finite: zero times NaN is NaN, so a zero loss alone stops none.
+        """Make a step with a gradient that is not finite do nothing: neither weights nor momentum nor statistics move.
 
-        What momentum and weight decay then still do is harmless. Gradients are already shared between processes here,
-        so all of them do the same.
+        Without a gradient, optimisers leave a weight and its state alone; a gradient of zero would still let momentum
+        and decay act. Gradients are already shared between processes here, so all of them do the same.
         """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if not all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients)):
-            for gradient in gradients:
-                gradient.zero_()
+        broken = not torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        self.log("train/skipped", float(broken))
+        if broken:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, before in zip(self.net.buffers(), self._statistics, strict=True):
+                    buffer.copy_(before)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         template = self.template_graph(batch["template"])
-        size = batch["box"][:, 2:]
-        box, score, _, _ = self.search_graph(batch["search"], *template, size, torch.zeros(3, device=self.device))
+        if is_adaptive(self.net):
+            further = (self.template_graph(batch[name])[0] for name in ("history", "current"))
+            template = self.net.update(template[0], *further)
+        tuning = torch.zeros(3, device=self.device)
+        box, score, _, _ = self.search_graph(batch["search"], *template, batch["box"][:, 2:], tuning)
         positive = batch["positive"]
-        overlap = _iou(box, batch["box"])[positive]
+        overlap = box_iou(box, batch["box"])[positive]
         metrics = {
             "val/iou": overlap.mean(),
             "val/hit": (overlap > 0.5).float().mean(),
@@ -143,107 +165,45 @@ def lr_factor(step: int, total: int, warmup: int, optim: OptimConfig) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def cells_of(net: nn.Module) -> Cells:
+    """Where a network's candidates stand."""
+    decoder = cast(Any, net.decoder)
+    if isinstance(decoder, AnchorBased):
+        return Cells(decoder.points.cpu().numpy(), decoder.grid.stride, decoder.sizes.cpu().numpy())
+    return Cells(decoder.grid.points().numpy(), decoder.grid.stride)
+
+
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Fill a whole network from a checkpoint of the same model, trained here or imported.
+
+    Raises:
+        ValueError: unreadable, or of another model or configuration.
+    """
+    state = read_weights(path).state
+    if any(name.startswith("net.") for name in state):  # of a training run, whose graphs hold the network once more
+        state = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
+    own = {name: value for name, value in net.state_dict().items() if not name.endswith("num_batches_tracked")}
+    wrong = sorted(set(own) ^ set(state)) or sorted(n for n, v in state.items() if v.shape != own[n].shape)
+    if wrong:
+        raise ValueError(f"{path} does not fit {type(net).__name__}: {', '.join(wrong[:5])} and {len(wrong)} in all")
+    net.load_state_dict(state, strict=False)
+
+
 def load_backbone(backbone: nn.Module, path: Path) -> None:
     """Fill a backbone from ImageNet weights (``.safetensors``, or a tensors-only ``.pth``)."""
     if not path.exists():
         raise ValueError(f"no backbone weights at {path}; check --data, or set `backbone: ''` to start from random")
     state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    if isinstance(backbone, MobileNetV2):
-        load_mobilenetv2_imagenet(backbone, state)
-    elif isinstance(backbone, ResNet50Dilated):
-        load_resnet50_imagenet(backbone, state)
+    if isinstance(backbone, TwoBackbones):
+        import_resnet50(backbone.template, state)
+        import_resnet50(backbone.search, state)
+    elif isinstance(backbone, MobileNetV2):
+        import_mobilenetv2(backbone, state)
+    elif isinstance(backbone, ResNet50):
+        import_resnet50(backbone, state)
     else:
         raise ValueError(f"no ImageNet import for {type(backbone).__name__}")
 
 
-class PairDataModule(L.LightningDataModule):
-    """Training and validation loaders of a recipe."""
-
-    def __init__(self, recipe: Recipe, data_root: Path) -> None:
-        super().__init__()
-        self.recipe, self.data_root = recipe, data_root
-
-    def setup(self, stage: str) -> None:
-        """Read annotations; called on every process."""
-        data = self.recipe.data
-        videos = usable([t for folder in self._folders(data.videos) for t in read_video(folder)])
-        stills = [t for name in data.stills for t in read_stills(self.data_root / name)]
-        for instances, folder in data.coco.items():
-            stills += read_coco(self.data_root / instances, self.data_root / folder)
-        photos = [p for name in data.photos for p in list_images(self.data_root / name)]
-        held_out = set(data.validation_videos)
-
-        def is_held_out(track: Track) -> bool:
-            return track.name.split(":")[0] in held_out
-
-        absent = held_out - {t.name.split(":")[0] for t in videos}
-        if absent:
-            raise ValueError(f"validation videos not found: {', '.join(sorted(absent))}")
-        images = ImageCache(data.cache_gb)
-        training = [t for t in videos if not is_held_out(t)]
-        self._training = PairSampler(training, usable(stills), photos, data.pairs, images, *self._sides())
-        validation = [t for t in videos if is_held_out(t)]
-        clean = dataclasses.replace(
-            data.pairs,
-            mix={"video": 1.0},
-            distractor=0.0,
-            occluder=0.0,
-            negative=0.3 if len(held_out) > 1 else 0.0,
-            rotation=0.0,
-            flip=0.0,
-        )
-        self._validation = PairSampler(validation, [], photos, clean, images, *self._sides()) if validation else None
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        recipe, trainer = self.recipe, self.trainer
-        assert trainer is not None
-        dataset = self._dataset(self._training, recipe.seed, recipe.pairs_per_epoch)
-        sampler = EpochSampler(recipe.pairs_per_epoch, trainer.global_rank, trainer.world_size)
-        return self._loader(dataset, sampler)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        if self._validation is None or not self.recipe.validation_pairs:
-            return []
-        assert self.trainer is not None
-        dataset = self._dataset(self._validation, 0, self.recipe.validation_pairs)
-        # As a list: the trainer would move a sampler on to new pairs every epoch, and scores could not be compared.
-        indices = list(EpochSampler(len(dataset), self.trainer.global_rank, self.trainer.world_size))
-        return self._loader(dataset, indices)
-
-    def _sides(self) -> tuple[int, int]:
-        net = cast(Any, MODELS[self.recipe.model])
-        return net.template_size, net.search_size
-
-    def _dataset(self, sampler: PairSampler, seed: int, length: int) -> PairDataset:
-        points = cast(Any, MODELS[self.recipe.model]).grid.points().numpy()
-        return PairDataset(sampler, points, self.recipe.data.labels, seed, length)
-
-    def _loader(self, dataset: PairDataset, sampler: EpochSampler | list[int]) -> DataLoader[Any]:
-        assert self.trainer is not None
-        workers = self.recipe.data.workers
-        return DataLoader(
-            dataset,
-            batch_size=self.recipe.batch_size // self.trainer.world_size,
-            sampler=sampler,
-            num_workers=workers,
-            collate_fn=collate,
-            drop_last=isinstance(sampler, EpochSampler),  # BatchNorm wants full batches; validation every pair
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-        )
-
-    def _folders(self, names: tuple[str, ...]) -> list[Path]:
-        folders = []
-        for name in names:
-            root = self.data_root / name
-            if not root.is_dir():
-                raise ValueError(f"no folder of videos at {root}; check --data")
-            folders += sorted(p for p in root.iterdir() if p.is_dir())
-        return folders
-
-
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    low = torch.maximum(a[:, :2] - a[:, 2:] / 2, b[:, :2] - b[:, 2:] / 2)
-    high = torch.minimum(a[:, :2] + a[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2)
-    overlap = (high - low).clamp(min=0).prod(dim=1)
-    return overlap / (a[:, 2:].prod(dim=1) + b[:, 2:].prod(dim=1) - overlap)
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])

@@ -1,28 +1,26 @@
-"""Template-search pairs drawn from tracks, stills, cut-outs and plain photos."""
+"""Template-search pairs drawn from tracks, stills, cut-outs and plain photos, and triplets of templates."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from siamtrack.boxes import xywh_to_cxcywh
-from siamtrack.crop import Window, context_size, crop, mean_bgr
-from training.augment import Cutout, Jitter, jittered_window, paste, photometric, rotate
-from training.data import Sighting, Track
+from siamtrack.crop import context_size, crop
+from training.augment import Effects, Jitter, corrupted, draw_effects, jittered_window, paste, photometric, rotate
+from training.frames import pair_frames, triplet_frames
 from training.images import ImageCache
+from training.objects import Chooser, Objects
+from training.tracks import ImageRef, Sighting, Track, source_of
 
 Rng = np.random.Generator
 CxCyWH = tuple[float, float, float, float]
-Drawn = tuple[NDArray[np.uint8], NDArray[np.uint8], CxCyWH, str]
+Crop = NDArray[np.uint8]
 DEFAULT_MIX = {"video": 0.40, "still": 0.27, "cutout": 0.25, "region": 0.08}
 KINDS = tuple(DEFAULT_MIX)
-OBJECT_PX = 8  # an outlined object thinner than this is not worth lifting
-OBJECT_TRIES = 200
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,9 @@ class PairConfig:
     Attributes:
         mix: share of each kind of pair (`KINDS`); shares are normalised.
         negative: share of pairs whose search crop shows another target: every cell is background.
-        frame_range: furthest frame distance between template and search frame of a video.
+        frame_range: furthest frame distance between template and search frame of a video whose data set names none.
+        triplet_frames: length of the part of a video that the three templates and the search frame of a model with
+            template updates are from.
         distractor: chance of one or two foreign objects pasted beside the target.
         occluder: chance of a foreign object pasted over part of it.
         template: window jitter of the template crop.
@@ -45,6 +45,7 @@ class PairConfig:
     mix: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
     negative: float = 0.12
     frame_range: int = 100
+    triplet_frames: int = 50
     distractor: float = 0.25
     occluder: float = 0.12
     template: Jitter = Jitter(shift_px=4, scale=0.05, stretch=0.05)
@@ -57,19 +58,43 @@ class PairConfig:
         unknown = set(self.mix) - set(KINDS)
         if unknown or not any(v > 0 for v in self.mix.values()):
             raise ValueError(f"mix must give positive shares to some of {KINDS}, got {self.mix}")
+        if self.triplet_frames < 4:
+            raise ValueError(f"triplet_frames must be at least 4, got {self.triplet_frames}")
 
 
 @dataclass(frozen=True)
 class Pair:
     """One training sample: crops uint8 BGR, the target's box (cx, cy, w, h) in search-crop pixels.
 
-    In a negative pair the box is that of the foreign target in the search crop.
+    In a negative pair the box is that of the foreign target in the search crop. `history` and `current` are the further
+    templates T_a and T_c of a model with template updates; None for others. `effects` are light and noise that the
+    crops are still without, by the crop's name; empty where they have them.
     """
 
-    template: NDArray[np.uint8]
-    search: NDArray[np.uint8]
+    template: Crop
+    search: Crop
     box_cxcywh: NDArray[np.float64]
     positive: bool
+    history: Crop | None = None
+    current: Crop | None = None
+    effects: dict[str, Effects] = field(default_factory=dict)
+
+
+@dataclass
+class Drawn:
+    """Crops of one target before light and noise.
+
+    Attributes:
+        templates: one, or three (first, history, current).
+        search: crop.
+        box: of the target in it.
+        source: the video or photo the target is from.
+    """
+
+    templates: list[Crop]
+    search: Crop
+    box: CxCyWH
+    source: str
 
 
 class PairSampler:
@@ -83,116 +108,128 @@ class PairSampler:
         images: where pixels come from.
         template_px: template crop side.
         search_px: search crop side.
+        triplets: draw three templates a pair (DASTSiam section 2.3), for a model with template updates.
+        defer_effects: leave light and noise out of the crops, and say in `Pair.effects` which they are.
     """
 
     def __init__(
         self,
         videos: Sequence[Track],
         stills: Sequence[Track],
-        photos: Sequence[Path],
+        photos: Sequence[ImageRef],
         config: PairConfig,
         images: ImageCache,
         template_px: int,
         search_px: int,
+        triplets: bool = False,
+        defer_effects: bool = False,
     ) -> None:
-        self.config, self.images = config, images
+        self.config, self.images, self.triplets, self.defer_effects = config, images, triplets, defer_effects
         self.template_px, self.search_px = template_px, search_px
         by_video: dict[str, list[Track]] = defaultdict(list)
         for track in videos:
-            by_video[track.name.split(":")[0]].append(track)
+            by_video[track.video].append(track)
         self._videos = list(by_video.values())
-        self._video_names = {s.image: t.name.split(":")[0] for t in videos for s in t.sightings}
         lengths = np.sqrt([sum(len(t.sightings) for t in tracks) for tracks in self._videos])
-        self._video_share = lengths / lengths.sum() if len(lengths) else lengths
+        self._choose_video = Chooser(lengths * [tracks[0].weight for tracks in self._videos])
         self._stills = [track.sightings[0] for track in stills]
-        # Outlined objects by source, so that a large set of outlines does not drown the others.
-        outlined: dict[str, list[Sighting]] = defaultdict(list)
-        for track in (*videos, *stills):
-            for seen in track.sightings:
-                if seen.mask is not None:
-                    outlined[track.name.split(":")[0]].append(seen)
-        self._outlined = list(outlined.values())
-        sizes = np.sqrt([len(group) for group in self._outlined])
-        self._outlined_share = sizes / sizes.sum() if len(sizes) else sizes
+        weights = np.array([track.weight for track in stills])
+        self._choose_still = None if (weights == 1).all() else Chooser(weights)
         self._photos = list(photos) or sorted({s.image for s in self._stills})
+        self._objects = Objects(videos, stills, self._photos, images)
         available = {
             "video": self._videos,
             "still": self._stills,
-            "cutout": self._outlined if self._photos else [],  # an object needs something behind it
+            "cutout": self._objects if self._photos else [],  # an object needs something behind it
             "region": self._photos,
         }
         shares = {kind: share for kind, share in config.mix.items() if share > 0}
-        empty = [kind for kind in shares if not available[kind]]
+        empty = [kind for kind in shares if not len(available[kind])]  # type: ignore[arg-type]
         if empty:
             raise ValueError(f"the mix asks for {', '.join(empty)} pairs but the data has none; set their share to 0")
         if config.negative and len(self._sources(shares)) < 2:
             raise ValueError("negative pairs need two videos or photos: set `negative` to 0 or add data")
         self._kinds = list(shares)
-        self._kind_share = np.array(list(shares.values())) / sum(shares.values())
+        self._choose_kind = Chooser(np.array(list(shares.values())))
 
     def draw(self, rng: Rng) -> Pair:
         """One random pair."""
-        template, search, box, source = self._draw_kind(self._draw_kind_name(rng), rng)
+        drawn = self._draw_kind(self._draw_kind_name(rng), rng)
+        search, box = drawn.search, drawn.box
         positive = rng.random() >= self.config.negative
         if not positive:
-            search, box = self._draw_foreign(source, rng)
+            search, box = self._draw_foreign(drawn.source, rng)
         if rng.random() < self.config.flip:
             search, box = np.ascontiguousarray(search[:, ::-1]), (self.search_px - box[0], *box[1:])
         if rng.random() < self.config.distractor:
-            self._add_distractors(search, box, rng)
+            self._objects.add_distractors(search, box, rng)
         if positive and rng.random() < self.config.occluder:
-            self._add_occluder(search, box, rng)
-        return Pair(photometric(template, rng), photometric(search, rng), np.array(box), positive)
+            self._objects.add_occluder(search, box, rng)
+        template, *further = drawn.templates
+        crops = {"template": template, "search": search, **dict(zip(("history", "current"), further, strict=False))}
+        effects: dict[str, Effects] = {}
+        for name, image in crops.items():
+            corrupts = name in ("history", "current")
+            if self.defer_effects:
+                effects[name] = draw_effects(image.shape[0], corrupts, rng)
+            else:
+                lit = photometric(image, rng)
+                crops[name] = corrupted(lit, rng) if corrupts else lit
+        return Pair(**crops, box_cxcywh=np.array(box), positive=positive, effects=effects)
 
-    def _draw_foreign(self, source: str, rng: Rng) -> tuple[NDArray[np.uint8], CxCyWH]:
+    def _draw_foreign(self, source: str, rng: Rng) -> tuple[Crop, CxCyWH]:
         """A search crop from another video or photo than `source`: the same one might show the target too."""
         while True:
-            _, search, box, other = self._draw_kind(self._draw_kind_name(rng), rng)
-            if other != source:
-                return search, box
+            drawn = self._draw_kind(self._draw_kind_name(rng), rng)
+            if drawn.source != source:
+                return drawn.search, drawn.box
 
     def _sources(self, kinds: Collection[str]) -> set[str]:
         """Videos and photos that these kinds of pairs are drawn from."""
-        seen = {"video": [t.sightings[0] for tracks in self._videos for t in tracks], "still": self._stills}
-        seen["cutout"] = [s for group in self._outlined for s in group]
-        sources = {self._source_of(s) for kind in kinds for s in seen.get(kind, ())}
-        return sources | ({str(p) for p in self._photos} if "region" in kinds else set())
-
-    def _source_of(self, seen: Sighting) -> str:
-        """The video or photo a sighting is from."""
-        return self._video_names.get(seen.image, str(seen.image))
+        sources = {
+            "video": {tracks[0].video for tracks in self._videos},
+            "still": {source_of(seen.image) for seen in self._stills},
+            "cutout": self._objects.sources(),
+            "region": {source_of(photo) for photo in self._photos},
+        }
+        return set().union(*(sources[kind] for kind in kinds))
 
     def _draw_kind_name(self, rng: Rng) -> str:
-        return self._kinds[rng.choice(len(self._kinds), p=self._kind_share)]
+        return self._kinds[self._choose_kind.draw(rng)]
 
     def _draw_kind(self, kind: str, rng: Rng) -> Drawn:
-        """Template crop, search crop, the target's box in it, and the video or photo it is from."""
         if kind == "cutout":
             return self._draw_cutout(rng)
         if kind == "video":
-            tracks = self._videos[rng.choice(len(self._videos), p=self._video_share)]
-            weights = np.array([len(t.sightings) for t in tracks], float)
-            track = tracks[rng.choice(len(tracks), p=weights / weights.sum())]
-            first = int(rng.integers(len(track.sightings)))
-            frames = np.asarray(track.frames)
-            near = np.flatnonzero(np.abs(frames - frames[first]) <= self.config.frame_range)
-            seen, later = track.sightings[first], track.sightings[int(rng.choice(near))]
-        elif kind == "still":
-            seen = later = self._stills[int(rng.integers(len(self._stills)))]
+            tracks = self._videos[self._choose_video.draw(rng)]
+            track = tracks[Chooser(np.array([len(t.sightings) for t in tracks], float)).draw(rng)]
+            frames, config, source = np.asarray(track.frames), self.config, track.video
+            if self.triplets:
+                chosen: tuple[int, ...] = triplet_frames(frames, config.triplet_frames, rng)
+            else:
+                chosen = pair_frames(frames, track.frame_range or config.frame_range, rng)
+            *shown, later = (track.sightings[i] for i in chosen)
         else:
-            seen = later = self._draw_region(rng)
-        template, _ = self._view(seen, self.template_px, self.config.template, rng)
+            still = self._draw_still(rng) if kind == "still" else self._draw_region(rng)
+            shown, later, source = [still] * (3 if self.triplets else 1), still, source_of(still.image)
+        templates = [self._view(seen, self.template_px, self.config.template, rng)[0] for seen in shown]
         search, box = self._view(later, self.search_px, self.config.search, rng)
         if rng.random() < self.config.rotation:
             search, box = rotate(search, box, rng.uniform(-1, 1) * self.config.rotation_deg)
-        return template, search, box, self._source_of(seen)
+        return Drawn(templates, search, box, source)
 
-    def _view(self, seen: Sighting, size_px: int, jitter: Jitter, rng: Rng) -> tuple[NDArray[np.uint8], CxCyWH]:
+    def _view(self, seen: Sighting, size_px: int, jitter: Jitter, rng: Rng) -> tuple[Crop, CxCyWH]:
         image = self.images.bgr(seen.image)
-        cx, cy, w, h = xywh_to_cxcywh(seen.box_xywh).tolist()
-        window = jittered_window((cx, cy, w, h), self.template_px, size_px, jitter, rng)
-        bx, by, bw, bh = window.to_crop((cx, cy, w, h), size_px).tolist()
-        return crop(image, window, size_px, mean_bgr(image)), (bx, by, bw, bh)
+        x, y, w, h = seen.box_xywh
+        box = x + w / 2, y + h / 2, w, h
+        window = jittered_window(box, self.template_px, size_px, jitter, rng)
+        bx, by, bw, bh = window.to_crop(box, size_px).tolist()
+        return crop(image, window, size_px, seen.fill_bgr or self.images.mean_bgr(seen.image)), (bx, by, bw, bh)
+
+    def _draw_still(self, rng: Rng) -> Sighting:
+        if self._choose_still is None:
+            return self._stills[int(rng.integers(len(self._stills)))]
+        return self._stills[self._choose_still.draw(rng)]
 
     def _draw_region(self, rng: Rng) -> Sighting:
         """A random rectangle of a photo, as if it were a target."""
@@ -203,89 +240,31 @@ class PairSampler:
         w, h = min(side * ratio, width * 0.9), min(side / ratio, height * 0.9)
         return Sighting(path, (rng.uniform(0, width - w), rng.uniform(0, height - h), w, h))
 
-    def _draw_background(self, rng: Rng) -> NDArray[np.uint8]:
-        """A random square of a random photo at search size."""
-        image = self.images.bgr(self._photos[int(rng.integers(len(self._photos)))])
-        height, width = image.shape[:2]
-        side = int(min(height, width) * rng.uniform(0.35, 1.0))
-        left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
-        return crop(image, Window(left, top, side, side), self.search_px, (0, 0, 0))
-
-    def _draw_object(self, rng: Rng) -> tuple[Cutout, str]:
-        """A random outlined object, and the video or photo it is from."""
-        for _ in range(OBJECT_TRIES):
-            group = self._outlined[rng.choice(len(self._outlined), p=self._outlined_share)]
-            seen = group[int(rng.integers(len(group)))]
-            cutout = self._lift(seen)
-            if cutout is not None:
-                return cutout, self._source_of(seen)
-        raise ValueError(f"of {OBJECT_TRIES} outlined objects drawn none is {OBJECT_PX} px large inside its photo")
-
-    def _lift(self, seen: Sighting) -> Cutout | None:
-        if seen.mask is None:
-            return None
-        image = self.images.bgr(seen.image)
-        x, y, w, h = seen.box_xywh
-        x0, y0 = max(int(x), 0), max(int(y), 0)
-        x1, y1 = min(int(np.ceil(x + w)), image.shape[1]), min(int(np.ceil(y + h)), image.shape[0])
-        if x1 - x0 < OBJECT_PX or y1 - y0 < OBJECT_PX:
-            return None
-        labels = None if seen.mask.path is None else self.images.labels(seen.mask.path)
-        alpha = seen.mask.alpha(labels, (x0, y0, x1, y1))
-        rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
-        if rows.size < OBJECT_PX or columns.size < OBJECT_PX:
-            return None
-        tight = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        return Cutout(image[y0:y1, x0:x1][tight], alpha[tight])
-
     def _draw_cutout(self, rng: Rng) -> Drawn:
         """One object on two backgrounds, on the scale tracking would show it at."""
         config = self.config
-        cutout, source = self._draw_object(rng)
+        cutout, source = self._objects.draw(rng)
         height, width = cutout.alpha.shape
         scale = self.template_px / context_size(width, height)
-        background = self._draw_background(rng)
+        background = self._objects.draw_background(self.search_px, rng)
         margin = (self.search_px - self.template_px) // 2
         same_place = rng.random() < 0.6
-        behind = background if same_place else self._draw_background(rng)
-        template = behind[margin : margin + self.template_px, margin : margin + self.template_px].copy()
-        middle = self.template_px / 2
-        if paste(template, cutout, (middle, middle), (width * scale, height * scale), 0) is None:
+        behind = background if same_place else self._objects.draw_background(self.search_px, rng)
+        middle = np.s_[margin : margin + self.template_px, margin : margin + self.template_px]
+        templates = [behind[middle].copy()]
+        if paste(templates[0], cutout, (self.template_px / 2,) * 2, (width * scale, height * scale), 0) is None:
             return self._draw_cutout(rng)
+        if self.triplets:  # two more, on the background of the search crop, and a little off as while tracking
+            for _ in range(2):
+                further = background[middle].copy()
+                grow = scale * np.exp(rng.uniform(-config.template.scale, config.template.scale))
+                at = self.template_px / 2 + rng.uniform(-config.template.shift_px, config.template.shift_px, 2)
+                paste(further, cutout, (at[0], at[1]), (width * grow, height * grow), 0)
+                templates.append(further)
         grow = scale * np.exp(rng.uniform(-config.search.scale, config.search.scale))
         stretch = np.exp(rng.uniform(-config.search.stretch, config.search.stretch))
         size = (width * grow * stretch, height * grow / stretch)
         centre = self.search_px / 2 + rng.uniform(-config.search.shift_px, config.search.shift_px, 2)
         angle = rng.uniform(-1, 1) * config.rotation_deg if rng.random() < config.rotation else 0.0
         box = paste(background, cutout, (centre[0], centre[1]), size, angle)
-        return (template, background, box, source) if box is not None else self._draw_cutout(rng)
-
-    def _add_distractors(self, search: NDArray[np.uint8], box: CxCyWH, rng: Rng) -> None:
-        """Foreign objects of about the target's size beside it."""
-        if not self._outlined:
-            return
-        for _ in range(int(rng.integers(1, 3))):
-            cutout, _ = self._draw_object(rng)
-            size = self._size_like(cutout, box, rng)
-            centre = rng.uniform(0, self.search_px, 2)
-            clear_x = (size[0] + box[2]) / 2 * 0.9
-            clear_y = (size[1] + box[3]) / 2 * 0.9
-            if abs(centre[0] - box[0]) > clear_x or abs(centre[1] - box[1]) > clear_y:
-                paste(search, cutout, (centre[0], centre[1]), size, rng.uniform(-15, 15))
-
-    def _add_occluder(self, search: NDArray[np.uint8], box: CxCyWH, rng: Rng) -> None:
-        """A foreign object over one side of the target, hiding up to about half of it."""
-        if not self._outlined:
-            return
-        cutout, _ = self._draw_object(rng)
-        size = self._size_like(cutout, box, rng)
-        direction = rng.uniform(0, 2 * np.pi)
-        centre_x = box[0] + np.cos(direction) * (box[2] + size[0]) / 2 * rng.uniform(0.55, 0.95)
-        centre_y = box[1] + np.sin(direction) * (box[3] + size[1]) / 2 * rng.uniform(0.55, 0.95)
-        paste(search, cutout, (centre_x, centre_y), size, rng.uniform(-30, 30))
-
-    @staticmethod
-    def _size_like(cutout: Cutout, box: CxCyWH, rng: Rng) -> tuple[float, float]:
-        height, width = cutout.alpha.shape
-        scale = np.sqrt(box[2] * box[3] / (width * height)) * np.exp(rng.uniform(-0.4, 0.4))
-        return width * scale, height * scale
+        return Drawn(templates, background, box, source) if box is not None else self._draw_cutout(rng)

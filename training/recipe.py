@@ -3,21 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from siamtrack.nets import MODELS
+from siamtrack.nets.build import check_model_config
+from siamtrack.nets.decode import AnchorBased
 from siamtrack.plain import from_plain
+from training.checks import not_negative, one_of
 from training.dataset import LabelConfig
+from training.layouts import LAYOUTS
+from training.objectives import Objective, build_objective
 from training.pairs import PairConfig
 
+AUGMENT = ("cpu", "device")
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+@dataclass(frozen=True)
+class DataSet:
+    """One data set in a layout of `training.layouts.LAYOUTS`.
+
+    Attributes:
+        layout: name of the layout.
+        path: its folder or annotation file, relative to the data root.
+        images: folder of its images, where the layout does not say it.
+        frame_range: furthest frame distance of a pair; 0 for the layout's own, or else `PairConfig.frame_range`.
+        share: how often its videos (or stills) are drawn against those of other sets; 0 for as often as their number
+            and length has it. Of the sets that give videos all have a share or none, and so of those that give stills.
+    """
+
+    layout: str
+    path: str
+    images: str = ""
+    frame_range: int = 0
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        one_of("layout", self.layout, LAYOUTS)
+        not_negative(frame_range=self.frame_range, share=self.share)
+        if LAYOUTS[self.layout].needs_images and not self.images:
+            raise ValueError(
+                f"layout {self.layout} needs `images`, the folder of the images; {self.path} does not say it"
+            )
 
 
 @dataclass(frozen=True)
@@ -25,26 +55,37 @@ class DataConfig:
     """Where the data lies, relative to the data root given at the command line.
 
     Attributes:
+        sets: data sets by their layout.
+        shards: folder that `training.prepare` wrote, of this very data; then nothing else is read.
         videos: folders of videos (each child folder is one; see `training.data.read_video`).
         stills: folders with ``img/`` and ``boxes.csv``.
         coco: mapping of ``instances_*.json`` files to their image folders.
         photos: folders of images without annotations.
         validation_videos: names of videos held out for validation.
         pairs: how pairs are drawn.
-        labels: how cells are labelled.
+        labels: how cells are labelled; `Recipe.labels` is this with the rule filled in.
+        augment: where training crops get light and noise: "cpu", in the loader, or "device", a batch at a time where
+            the network is, for GPUs that wait for their loaders.
         cache_gb: memory for decoded images, a process.
-        workers: loader processes a training process; 0 loads inline, which is fastest when all cores train.
+        workers: loader processes a training process; 0 loads inline, on the network's own threads, which is fastest
+            when all cores train.
     """
 
-    videos: tuple[str, ...] = ("videos",)
+    sets: tuple[DataSet, ...] = ()
+    shards: str = ""
+    videos: tuple[str, ...] = ()
     stills: tuple[str, ...] = ()
     coco: dict[str, str] = field(default_factory=dict)
     photos: tuple[str, ...] = ()
     validation_videos: tuple[str, ...] = ()
     pairs: PairConfig = PairConfig()
     labels: LabelConfig = LabelConfig()
+    augment: str = "cpu"
     cache_gb: float = 3.0
     workers: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("augment", self.augment, AUGMENT)
 
 
 @dataclass(frozen=True)
@@ -76,8 +117,8 @@ class OptimConfig:
     ema: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of("optimiser", self.optimiser, ("sgd", "adamw"))
-        _one_of("decay", self.decay, ("exponential", "cosine"))
+        one_of("optimiser", self.optimiser, ("sgd", "adamw"))
+        one_of("decay", self.decay, ("exponential", "cosine"))
         for name in ("lr", "warmup_start", "final_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -89,13 +130,17 @@ class Recipe:
 
     Attributes:
         model: name in `siamtrack.nets.MODELS`.
+        model_config: fields of the model's configuration that differ from its defaults: the switches of the papers'
+            ablations. Checkpoints keep them, so that export builds the same network.
+        objective: name in `training.objectives.OBJECTIVES`; empty for the one that the model's name begins with.
+        objective_config: fields of the objective that differ from its defaults: weights of the terms, switches.
         backbone: ImageNet weights of the backbone, relative to the data root; empty for none.
+        weights: checkpoint of this model to start from, such as `siamtrack import-checkpoint` writes, relative to the
+            working folder; empty for none. It holds the backbone too.
         seed: of weights and of every pair.
         epochs: passes of `pairs_per_epoch` pairs.
         pairs_per_epoch: a checkpoint is written after each epoch.
         batch_size: pairs a step, over all processes together.
-        classification: "balanced_ce" (SiamCAN) or "focal".
-        cls_weight, loc_weight: lambda_1 and lambda_2 of SiamCAN Eq. 16.
         unfreeze_epoch: from this epoch on the last `unfreeze_stages` stages of the backbone train too.
         unfreeze_stages: how many.
         validation_pairs: pairs from the held-out videos, scored after every epoch; 0 for none.
@@ -103,14 +148,15 @@ class Recipe:
     """
 
     model: str
+    model_config: dict[str, Any] = field(default_factory=dict)
+    objective: str = ""
+    objective_config: dict[str, Any] = field(default_factory=dict)
     backbone: str = ""
+    weights: str = ""
     seed: int = 1
     epochs: int = 20
     pairs_per_epoch: int = 600_000
     batch_size: int = 28
-    classification: str = "balanced_ce"
-    cls_weight: float = 1.0
-    loc_weight: float = 1.0
     unfreeze_epoch: int = 10
     unfreeze_stages: int = 3
     validation_pairs: int = 512
@@ -119,11 +165,31 @@ class Recipe:
     optim: OptimConfig = OptimConfig()
 
     def __post_init__(self) -> None:
-        _one_of("model", self.model, tuple(MODELS))
-        _one_of("classification", self.classification, ("balanced_ce", "focal"))
+        one_of("model", self.model, tuple(MODELS))
         for name in ("epochs", "pairs_per_epoch", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_model_config(self.model, self.model_config)
+        objective = self.build_objective()
+        if self.labels.rule == "siamrpn" and objective.decoder is not AnchorBased:
+            raise ValueError(
+                f"labels by rule siamrpn are anchors' labels; objective {self.objective_name} has no anchors"
+            )
+
+    @property
+    def objective_name(self) -> str:
+        """`objective`, or the model's own."""
+        return self.objective or self.model.split("-")[0]
+
+    @property
+    def labels(self) -> LabelConfig:
+        """How cells are labelled, by the objective's own rule where the recipe names none."""
+        labels = self.data.labels
+        return labels if labels.rule else replace(labels, rule=self.build_objective().rule)
+
+    def build_objective(self) -> Objective:
+        """What the run minimises."""
+        return build_objective(self.objective_name, self.objective_config)
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -1,7 +1,8 @@
 """Train a tracker: ``python -m training.train training/recipes/siamcan-mobilenetv2.yaml --data DATA``.
 
-Writes ``runs/NAME/``: ``recipe.yaml``, checkpoints after every epoch (``last.ckpt`` and the best by validation IoU) and
-TensorBoard curves. Started again, it resumes from ``last.ckpt``, exactly.
+Writes ``runs/NAME/``: ``recipe.yaml``, ``run.json`` (commit, seed, machine), ``metrics.jsonl``, checkpoints after every
+epoch (``last.ckpt`` and the best by validation IoU) and TensorBoard curves and images. Started again, it resumes from
+``last.ckpt``, exactly.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import ctypes
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import cv2
@@ -21,11 +23,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
 from siamtrack.plain import to_plain
-from training.module import PairDataModule, SiameseModule
-from training.recipe import Recipe, load_recipe
+from training.loading import PairDataModule
+from training.module import SiameseModule
+from training.recipe import Recipe, load_recipe, recipe_from_dict
+from training.watch import RunRecord, SampleSheets, Throughput
 
 
-def train(recipe: Recipe, data_root: Path, out: Path, devices: int = 1, resume: bool = True) -> Path:
+def train(
+    recipe: Recipe, data_root: Path, out: Path, devices: int = 1, resume: bool = True, checkpoint_steps: int = 0
+) -> Path:
     """Run a recipe to its end.
 
     Args:
@@ -34,6 +40,7 @@ def train(recipe: Recipe, data_root: Path, out: Path, devices: int = 1, resume: 
         out: the run's folder, made when missing.
         devices: GPUs, or processes on a CPU.
         resume: go on from ``out/last.ckpt`` if it is there.
+        checkpoint_steps: write it after every so many steps too, not only after epochs; 0 for epochs alone.
 
     Returns:
         Path of the last checkpoint.
@@ -49,15 +56,28 @@ def train(recipe: Recipe, data_root: Path, out: Path, devices: int = 1, resume: 
         check_same_recipe(recipe, last)
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(yaml.safe_dump(to_plain(recipe), sort_keys=False))
-    L.seed_everything(recipe.seed, verbose=False)
+    set_up_process(recipe.seed, devices)
+    module = SiameseModule(to_plain(recipe), str(data_root))
+    trainer = make_trainer(recipe, out, devices, checkpoint_steps)
+    resume_from = str(last) if resuming else None
+    trainer.fit(module, PairDataModule(recipe, data_root, module.net), ckpt_path=resume_from, weights_only=True)
+    return last
+
+
+def set_up_process(seed: int, devices: int) -> None:
+    """Seed this process and divide the machine among `devices` of its sort; to be called before anything is built."""
+    L.seed_everything(seed, verbose=False)
     cv2.setNumThreads(0)  # loaders are parallel already
     keep_freed_memory()
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu and devices > 1:
+    if not torch.cuda.is_available() and devices > 1:
         torch.set_num_threads(1)  # one-thread processes beat one process of many threads on small images
-    module = SiameseModule(to_plain(recipe), str(data_root))
+
+
+def make_trainer(recipe: Recipe, out: Path, devices: int = 1, checkpoint_steps: int = 0) -> L.Trainer:
+    """What drives a run and notes into `out` what happens; arguments as of `train`."""
     validates = bool(recipe.data.validation_videos) and recipe.validation_pairs > 0
-    callbacks: list[Callback] = [LearningRateMonitor("step")]
+    callbacks: list[Callback] = [LearningRateMonitor("step"), Throughput(), SampleSheets()]
+    callbacks.append(RunRecord(out, recipe.seed))
     if recipe.optim.ema:
         warmup = recipe.optim.warmup_epochs * recipe.pairs_per_epoch / recipe.batch_size
         callbacks.append(EMAWeightAveraging(decay=recipe.optim.ema, update_starting_at_step=int(warmup)))
@@ -65,8 +85,14 @@ def train(recipe: Recipe, data_root: Path, out: Path, devices: int = 1, resume: 
         callbacks.append(ModelCheckpoint(out, "best", "val/iou", mode="max", enable_version_counter=False))
     # A callback of its own: `save_last` of the one above would write only when the epoch is also the best.
     callbacks.append(ModelCheckpoint(out, "last", enable_version_counter=False))
-    trainer = L.Trainer(
-        accelerator="gpu" if on_gpu else "cpu",
+    if checkpoint_steps:
+        callbacks.append(
+            ModelCheckpoint(out, "last", every_n_train_steps=checkpoint_steps, enable_version_counter=False)
+        )
+    # Its advice is a loader with a state. Ours needs none: `EpochSampler` knows the step.
+    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+    return L.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=devices,
         # The backbone is frozen at first: its weights take no part in the loss then.
         strategy=DDPStrategy(find_unused_parameters=True) if devices > 1 else "auto",
@@ -80,9 +106,6 @@ def train(recipe: Recipe, data_root: Path, out: Path, devices: int = 1, resume: 
         logger=TensorBoardLogger(out, name="", version=""),
         default_root_dir=out,
     )
-    resume_from = str(last) if resuming else None
-    trainer.fit(module, PairDataModule(recipe, data_root), ckpt_path=resume_from, weights_only=True)
-    return last
 
 
 def check_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
@@ -92,6 +115,7 @@ def check_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
         ValueError: a field differs; how data is loaded may.
     """
     before = torch.load(checkpoint, map_location="cpu", weights_only=True)["hyper_parameters"]["recipe"]
+    before = to_plain(recipe_from_dict(before, str(checkpoint)))  # fields that are new since have their defaults
     ours = to_plain(recipe)
     for content in (before, ours):
         content["data"] = {k: v for k, v in content["data"].items() if k not in ("workers", "cache_gb")}
@@ -137,6 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, help="replace the recipe's seed")
     parser.add_argument("--epochs", type=int, help="replace the recipe's epochs")
+    parser.add_argument(
+        "--checkpoint-steps", type=int, default=0, metavar="N", help="write last.ckpt after every N steps too"
+    )
     parser.add_argument("--fresh", action="store_true", help="start over even if the run has a checkpoint")
     options = parser.parse_args(arguments)
     overrides = {k: v for k in ("seed", "epochs") if (v := getattr(options, k)) is not None}
@@ -144,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(options.recipe, overrides)
         devices = options.devices or all_devices(recipe.batch_size)
-        last = train(recipe, options.data, out, devices, resume=not options.fresh)
+        last = train(recipe, options.data, out, devices, not options.fresh, options.checkpoint_steps)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
