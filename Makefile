@@ -18,7 +18,7 @@ ROS = $(shell $(PYTHON) -c 'import sys; from importlib.util import find_spec; pr
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo demo-sourced demo-wheels demo-none test test-sourced test-wheels test-none lint train-default bench \
-  clean
+  gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -66,6 +66,16 @@ bench: $(BENCH_VENV)/.ready  ## accuracy and speed beside OpenCV's own trackers;
 	$(BENCH_VENV)/bin/python -m benchmarks.accuracy --data $(DATA)/dev --record
 	$(BENCH_VENV)/bin/python -m benchmarks.latency
 	$(BENCH_VENV)/bin/python -m benchmarks.footprint
+	$(BENCH_VENV)/bin/python -m benchmarks.evaluation_speed --data $(DATA)/dev
+
+# No environment of its own: a machine with a GPU has PyTorch and CUDA as its owner wants them. What is missing comes from
+# wheels in a folder, without internet.
+WHEELS ?= wheels
+SEQUENCES ?=
+ARGUMENTS ?=
+
+gpu-check:  ## all that only a GPU can show, as a table; WHEELS=folder, SEQUENCES="real ones", ARGUMENTS=further ones
+	$(PYTHON) benchmarks/gpu_setup.py --wheels $(WHEELS) $(if $(SEQUENCES),--sequence $(SEQUENCES)) $(ARGUMENTS)
 
 clean:  ## remove the environments, builds, caches and demo/; runs/ stays
 	rm -rf $(VENV) $(BENCH_VENV) $(ROS_VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache
@@ -84,7 +94,7 @@ $(VENV)/.ros: $(PACKAGING) | $(VENV)/bin/python
 	touch $@ $(VENV)/.runtime
 
 $(VENV)/.dev: $(PACKAGING) | $(VENV)/bin/python
-	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[train,export,eval,ros,test,dev]'
+	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[train,export,engines,eval,ros,test,dev]'
 	touch $@ $(VENV)/.runtime $(VENV)/.ros
 
 # CSRT and KCF are in opencv-contrib-python. It fills the same cv2 folder as opencv-python, so this environment takes

@@ -5,6 +5,7 @@ table, so the metadata stands here and not in `pyproject.toml`.
 """
 
 import re
+import sys
 from glob import glob
 from pathlib import Path
 
@@ -38,8 +39,25 @@ def read_readme() -> str:
 
 
 TORCH = "torch>=2.4,<3"
-CUDA_ARRAYS = ["pycuda>=2024.1.2", "cuda-python>=12.6.2,<14"]
+# The run-time compiler of CUDA 13, which the newest cuda-python takes; for CUDA 12, add "cuda-python<13" and
+# nvidia-cuda-nvrtc-cu12, or have the toolkit's. Wheels for Linux (x86-64 and Arm) and Windows.
+NVRTC = "nvidia-cuda-nvrtc>=13,<14; sys_platform != 'darwin'"
+# pycuda is compiled on installation, against the CUDA toolkit. Where it is missing, cuda-python does its work too.
+CUDA = ["pycuda>=2024.1.2", "cuda-python>=12.6.2,<14", NVRTC]
+# What tests of the CUDA side need: 67 MB, no driver, no GPU. cuda-python is this and packages that nothing here uses.
+CUDA_TESTS = ["cuda-bindings>=12.8,<14; sys_platform != 'darwin'", NVRTC]
+ENGINES = ["onnx>=1.16,<2"]
+# There are wheels for Linux (x86-64 and Arm) and Windows.
+TENSORRT_RTX = ["tensorrt-rtx-cu13>=1.4,<2; sys_platform != 'darwin'"]
 TEST = ["pytest>=8,<10"]
+# There is a wheel for Linux on x86-64; elsewhere it is compiled.
+VOT = ["vot-trax>=4.0.2,<5"]
+# What our numbers and our TraX server are held against, by tests that skip without them. vot-toolkit 0.9 breaks with
+# newer versions of attributee.
+TOOLKITS = [
+    f"{requirement}; sys_platform == 'linux' and platform_machine == 'x86_64'"
+    for requirement in (*VOT, "got10k>=0.1.3,<0.2", "vot-toolkit>=0.9,<0.10", "attributee<0.1.10")
+]
 
 # The ROS wheels are for CPython 3.11 on Linux, and their message packages load only what they were built against.
 ROS_WHEELS = [
@@ -63,15 +81,50 @@ EXTRAS = {
         "pyyaml>=6",
     ],
     "export": [TORCH, "onnx>=1.16,<2", "onnxscript>=0.5.4"],
-    "eval": ["tqdm>=4.65"],
+    "eval": ["tqdm>=4.65", "optuna>=4,<6"],
+    "vot": VOT,
+    "cluster": ["ray[client]>=2.40"],
     # For a machine without a ROS installation; with one, source its setup file instead.
     "ros": [f"{wheel}; python_version == '3.11' and sys_platform == 'linux'" for wheel in ROS_WHEELS],
-    # 10.3 is JetPack 6's. pycuda is compiled on installation and needs the CUDA toolkit's nvcc.
-    "tensorrt": ["tensorrt>=10.3,<12", *CUDA_ARRAYS],
-    "tensorrt-rtx": ["tensorrt-rtx-cu13>=1.4,<2", *CUDA_ARRAYS],
+    # 10.3 is JetPack 6's.
+    "tensorrt": ["tensorrt>=10.3,<12", *ENGINES, *CUDA],
+    "tensorrt-rtx": [*TENSORRT_RTX, *ENGINES, *CUDA],
+    # Building engines ahead of time needs neither GPU nor CUDA: for build machines and CI.
+    "engines": [*TENSORRT_RTX, *ENGINES],
     "test": TEST,
-    "dev": [*TEST, "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
+    "dev": [*TEST, *TOOLKITS, *CUDA_TESTS, "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
 }
+
+CONSOLE_SCRIPTS = [
+    "siamtrack = siamtrack.cli:main",
+    "siamtrack-export = model_export.cli:main",
+    "siamtrack-trax = siamtrack.trax:main",
+    "siamtrack-ros-demo = ros2_siamtrack.demo:main",
+    # Without a prefix: `ros2 run siamtrack tracker_node` says whose they are.
+    "tracker_node = ros2_siamtrack.tracker_node:main",
+    "clip_player = ros2_siamtrack.clip_player:main",
+    "select_target = ros2_siamtrack.select_target:main",
+    "record_boxes = ros2_siamtrack.record_boxes:main",
+]
+
+
+def ros_executables() -> list[str]:
+    """Files for ``lib/siamtrack`` of a wheel, where `ros2 run` and `ros2 launch` look; written into ``build/``.
+
+    colcon puts the console scripts there itself (``setup.cfg``), while pip puts them into ``bin/``.
+    """
+    if "bdist_wheel" not in sys.argv:
+        return []
+    folder = Path("build/ros_executables")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, module in re.findall(r"^(\w+) = (ros2_siamtrack\.\w+):main$", "\n".join(CONSOLE_SCRIPTS), re.MULTILINE):
+        file = folder / name
+        file.write_text(f"#!/usr/bin/env python3\nimport sys\n\nfrom {module} import main\n\nsys.exit(main())\n")
+        file.chmod(0o755)
+        files.append(file.as_posix())
+    return files
+
 
 setup(
     name=NAME,
@@ -88,26 +141,16 @@ setup(
         include=[f"{top}{sub}" for top in (NAME, "ros2_siamtrack", "model_export") for sub in ("", ".*")]
     ),
     # Engines lie one folder deeper and fit one GPU: they are not shipped.
-    package_data={NAME: ["py.typed", "models/*/*"], "ros2_siamtrack": ["fastdds.xml"]},
+    package_data={NAME: ["py.typed", "models/*/*", "runners/cuda/*.cu"], "ros2_siamtrack": ["fastdds.xml"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
         (f"share/{NAME}", ["package.xml"]),
         (f"share/{NAME}/launch", sorted(glob("launch/*.launch.py"))),
+        (f"lib/{NAME}", ros_executables()),
         (f"share/{NAME}/config", [*sorted(glob("configs/*.yaml")), "ros2_siamtrack/fastdds.xml"]),
     ],
     zip_safe=False,
     install_requires=["numpy>=1.23", "opencv-python>=4.8", "onnxruntime>=1.17", "pyyaml>=6", "tqdm>=4.65"],
     extras_require=EXTRAS,
-    entry_points={
-        "console_scripts": [
-            "siamtrack = siamtrack.cli:main",
-            "siamtrack-export = model_export.cli:main",
-            "siamtrack-ros-demo = ros2_siamtrack.demo:main",
-            # Without a prefix: `ros2 run siamtrack tracker_node` says whose they are.
-            "tracker_node = ros2_siamtrack.tracker_node:main",
-            "clip_player = ros2_siamtrack.clip_player:main",
-            "select_target = ros2_siamtrack.select_target:main",
-            "record_boxes = ros2_siamtrack.record_boxes:main",
-        ],
-    },
+    entry_points={"console_scripts": CONSOLE_SCRIPTS},
 )

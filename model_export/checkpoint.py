@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from siamtrack.bundle import sha256
 from siamtrack.nets import MODELS
+from siamtrack.nets.build import build_model
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
     state = _mapping(content.get("state_dict", content))
     if any(key.startswith("net.") for key in state):
         state = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
-    net = MODELS[name]()
+    try:
+        net = build_model(name, _mapping(recipe.get("model_config")))
+    except ValueError as error:
+        raise ValueError(f"{path} is of another version of {name}: {error}") from error
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
@@ -66,6 +71,10 @@ def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
     for key in ("seed", "epochs", "pairs_per_epoch"):
         if key in recipe:
             provenance[key] = str(recipe[key])
+    if recipe.get("model_config"):
+        provenance["model_config"] = json.dumps(recipe["model_config"], sort_keys=True)
+    source = _mapping(content.get("source"))  # of imported weights
+    provenance |= {f"source_{key}": str(source[key]) for key in ("file", "sha256", "layout") if key in source}
     held_out = _mapping(recipe.get("data")).get("validation_videos")
     if held_out:
         provenance["validation_videos"] = " ".join(held_out)

@@ -1,4 +1,4 @@
-"""A network as a bundle: ``template.onnx``, ``search.onnx`` and the manifest."""
+"""A network as a bundle: ``template.onnx``, ``search.onnx``, for some ``update.onnx``, and the manifest."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from model_export.convert import int8_file
 from siamtrack.bundle import (
     SCHEMA_VERSION,
     SEARCH_OUTPUTS,
+    UPDATE_INPUTS,
     Bundle,
     CropSpec,
     GraphSpec,
@@ -26,16 +28,18 @@ from siamtrack.bundle import (
     ScoreSpec,
     TensorSpec,
     TrackingSpec,
+    UpdateSpec,
     load_bundle,
     sha256,
     write_manifest,
 )
 from siamtrack.nets.correlation import depthwise_grouped, depthwise_matmul
-from siamtrack.nets.decode import SearchGraph, SiameseNet, TemplateGraph
+from siamtrack.nets.decode import SearchGraph, SiameseNet, TemplateGraph, UpdateGraph, is_adaptive
 from siamtrack.state import Thresholds
 
 OPSET = 18
 IR_VERSION = 8  # the oldest that holds this opset: read by ONNX Runtime from 1.14 on, so by older robots too
+FIXED_INPUTS = ("image", "prev_size", "tuning", *UPDATE_INPUTS)  # of the contract, whether a model looks at them or not
 SCORE_MEANING = "probability, as trained, that the chosen cell lies on the target; before size penalty and window"
 UNCALIBRATED = Thresholds(tracking_above=0.5, uncertain_below=0.4, lost_below=0.2, lost_after=10, found_above=0.6)
 
@@ -47,25 +51,38 @@ def export_bundle(
     licence: str,
     provenance: dict[str, str] | None = None,
     tracking: TrackingSpec | None = None,
+    update: UpdateSpec | None = None,
 ) -> Bundle:
     """Write a bundle and read it back, verified.
 
     Args:
         model: its name in `siamtrack.nets.MODELS`.
         net: the network; put into eval mode.
-        out: bundle folder, made when missing. Only graphs and manifest in it are replaced.
+        out: bundle folder, made when missing. Only graphs and manifest in it are replaced; INT8 graphs, which were made
+            from the old ones, are removed.
         licence: of the weights.
         provenance: where the weights come from.
-        tracking: tracking parameters; defaults when None.
+        tracking: tracking parameters; when None the network's own (`tracking`), or the defaults.
+        update: when an adaptive network renews its template; above its published score, every frame, when None.
+
+    Raises:
+        ValueError: `update` for a network that is not adaptive.
     """
     siamese = cast(SiameseNet, net)
+    adaptive = net if is_adaptive(net) else None
+    if update is not None and adaptive is None:
+        raise ValueError(f"{model} has no template update, so there is nothing for update to set")
     net.eval()
     out.mkdir(parents=True, exist_ok=True)
     t, s = siamese.template_size, siamese.search_size
     template_in = (torch.zeros(1, t, t, 3, dtype=torch.uint8),)
-    template = TemplateGraph(siamese)
     with torch.no_grad():
-        tensors = template(*template_in)
+        tensors = TemplateGraph(siamese)(*template_in)
+        update_in = tuple(tensors[0].clone() for _ in UPDATE_INPUTS)  # one tensor thrice would become one input
+        if adaptive is not None:
+            tensors = adaptive.update(*update_in)
+            update = update or UpdateSpec(adaptive.update_score)
+    names = siamese.template_names if adaptive is None else adaptive.update_names
     # Two samples in the example: an axis of one would be taken for a constant.
     search_in = (
         torch.zeros(2, s, s, 3, dtype=torch.uint8),
@@ -73,11 +90,15 @@ def export_bundle(
         torch.full((2, 2), 64.0),
         torch.zeros(3),
     )
-    names = siamese.template_names
     with _fixed_groups(net):
         graphs = {
             "template": _export(
-                TemplateGraph(siamese), template_in, ("image",), names, out / "template.onnx", batched=False
+                TemplateGraph(siamese),
+                template_in,
+                ("image",),
+                siamese.template_names,
+                out / "template.onnx",
+                batched=False,
             ),
             "search": _export(
                 SearchGraph(siamese),
@@ -88,18 +109,25 @@ def export_bundle(
                 batched=True,
             ),
         }
+        if adaptive is not None:
+            graphs["update"] = _export(
+                UpdateGraph(adaptive), update_in, UPDATE_INPUTS, names, out / "update.onnx", batched=False
+            )
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         model=model,
         graphs=graphs,
         crop=CropSpec(template_px=t, search_px=s),
         grid=GridSpec(siamese.grid.size, siamese.grid.stride, siamese.grid.origin),
-        score=ScoreSpec(SCORE_MEANING, UNCALIBRATED),
+        score=ScoreSpec(getattr(net, "score_meaning", SCORE_MEANING), UNCALIBRATED),
         licence=licence,
-        tracking=tracking or TrackingSpec(),
+        tracking=tracking or getattr(net, "tracking", None) or TrackingSpec(),
+        update=update,
         provenance={**(provenance or {}), **_git_commit()},
     )
     write_manifest(out, manifest)
+    for name in graphs:
+        (out / int8_file(name)).unlink(missing_ok=True)
     return load_bundle(out)
 
 
@@ -147,6 +175,7 @@ def _export(
         model = onnx.load(str(scratch_file))
     model.ir_version = IR_VERSION
     _strip(model)
+    _drop_unused_inputs(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))
     return GraphSpec(path.name, sha256(path), _specs(model.graph.input), _specs(model.graph.output))
@@ -161,6 +190,14 @@ def _strip(model: onnx.ModelProto) -> None:
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
         value.doc_string = ""
+
+
+def _drop_unused_inputs(model: onnx.ModelProto) -> None:
+    """A search that does not look at the fused template need not be fed it; TensorRT would drop the input anyway."""
+    used = {name for node in model.graph.node for name in node.input}
+    for value in list(model.graph.input):
+        if value.name not in used and value.name not in FIXED_INPUTS:
+            model.graph.input.remove(value)
 
 
 def _specs(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +131,19 @@ def test_open_runner(default_bundle: Bundle) -> None:
         assert runner.threads == 2
     with pytest.raises(ValueError, match=r"unknown backend 'abacus'; known: .*onnxruntime"):
         open_runner(default_bundle, "abacus")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores cannot be told apart here")
+def test_helper_threads_have_cores_of_their_own(default_bundle: Bundle) -> None:
+    def bindings() -> dict[int, set[int]]:
+        return {int(t.name): os.sched_getaffinity(int(t.name)) for t in Path("/proc/self/task").iterdir()}
+
+    cores = sorted(os.sched_getaffinity(0))
+    with OnnxRuntimeRunner(default_bundle, threads=len(cores) + 1) as runner:
+        assert runner.helper_cores == frozenset()  # too few cores: nobody is bound
+    before = bindings()
+    with OnnxRuntimeRunner(default_bundle, threads=len(cores)) as runner:
+        assert runner.helper_cores == frozenset(cores[1:])
+        added = [cores_of for thread, cores_of in bindings().items() if thread not in before]
+    assert sorted({core for binding in added for core in binding}) == cores[1:]
+    assert os.sched_getaffinity(0) == set(cores)  # the caller's own thread is left alone
