@@ -1,1 +1,1 @@
-"""Evaluation of trackers on image sequences: readers, the one-pass protocol and metrics, and OpenCV peers."""
+"""Evaluation of trackers on image sequences: readers, one-pass runs, metrics, reports, and OpenCV peers."""

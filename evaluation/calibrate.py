@@ -1,6 +1,6 @@
 """Cut the score into states: choose a bundle's thresholds from sequences it was not trained on.
 
-    python -m evaluation.calibrate BUNDLE --sequences DIR [--names a b] --write
+    python -m evaluation.calibrate BUNDLE --sequences DIR [--names a b] [--plot FILE.svg] --write
 
 Every clip is tracked with a state machine that never gives up, so that scores come with the IoU they were worth. After
 ten frames off the target the tracker is started anew on the truth (VOT's supervised protocol): else one early failure
@@ -13,6 +13,9 @@ view. From both come the thresholds:
   target; the first lies at least 0.05 over the second, so that the state does not flicker. Ten frames in a row under
   the last make a loss, a third of a second at camera rate.
 * ``found_above``: exceeded by 5 % of windows that show another target in its place, and never under ``tracking_above``.
+
+At the end every clip is played once more with these thresholds and without help, and what the states were worth is
+printed. The thresholds were chosen on the same clips: expect less on others.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,22 +31,25 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from evaluation.sequences import read_frame, read_sequences
+from evaluation.layouts import read_sequences
+from evaluation.metrics import HIT_IOU, STATES, mean_row, state_statistics
+from evaluation.plots import Line, reliability_plot
+from evaluation.sequences import read_frame
 from siamtrack.boxes import iou_xywh, xywh_to_cxcywh
 from siamtrack.bundle import Bundle, load_bundle, write_manifest
 from siamtrack.crop import Image, context_size, mean_bgr, square_window
-from siamtrack.runners import Features, open_runner
+from siamtrack.runners import Features, Runner, open_runner
 from siamtrack.scene import Scene
 from siamtrack.state import Thresholds
 from siamtrack.tracker import SiamTracker
 
-HIT_IOU = 0.3
 TRACKING_HITS, CERTAIN_HITS, WEAK_HITS = 0.90, 0.75, 0.25
 HYSTERESIS = 0.05
 RESTART_AFTER = 10  # frames in a row off the target
 FALSE_FINDS = 0.05
 LOST_AFTER = 10
 NEVER_LOST = Thresholds(tracking_above=0, uncertain_below=0, lost_below=0, lost_after=1, found_above=0)
+BINS = 10  # of the score, in table and plot
 HIDDEN_BELOW = 0.1  # a rendered target of which less is visible counts as absent
 FOREIGN_STRIDE = 5  # every so manyth frame of another clip is searched for an absent target
 
@@ -81,13 +87,29 @@ class Evidence:
     absent: NDArray[np.float64]
 
 
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """Evidence in `BINS` equal ranges of the score; a score of 1 belongs to the last.
+
+    Attributes:
+        frames: ``[BINS]`` tracked frames.
+        hits: ``[BINS]`` share of these on the target; NaN where there is no frame.
+        absent: ``[BINS]`` share of all windows without the target.
+    """
+
+    frames: NDArray[np.int64]
+    hits: NDArray[np.float64]
+    absent: NDArray[np.float64]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, or 2 where bundle or data cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.calibrate", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("bundle", type=Path, help="bundle folder")
+    parser.add_argument("bundle", help="shipped model or bundle folder")
     parser.add_argument("--sequences", type=Path, required=True, help="folder of sequences not trained on")
     parser.add_argument("--names", nargs="*", help="use only these (default: those its training held out, or all)")
     parser.add_argument("--scenes", type=int, default=3, help="rendered scenes to add (default 3)")
+    parser.add_argument("--plot", type=_svg, metavar="FILE.svg", help="draw how far the score can be believed")
     parser.add_argument("--write", action="store_true", help="put the thresholds into the bundle's manifest")
     options = parser.parse_args(arguments)
     try:
@@ -101,6 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evidence = collect(bundle, clips)
     thresholds = choose_thresholds(evidence)
     print(report(evidence, thresholds))
+    print(state_report(closed_loop(bundle, clips, thresholds)))
+    if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        options.plot.write_text(plot(evidence, thresholds, bundle.path.resolve().name), encoding="utf-8")
+        print(f"wrote {options.plot}")
     if options.write:
         how = f"evaluation.calibrate on {', '.join(c.name for c in clips)}"
         score = dataclasses.replace(bundle.manifest.score, thresholds=thresholds, calibration=how)
@@ -135,13 +162,11 @@ def load_clips(folder: Path, names: Sequence[str] | None, scenes: int) -> list[C
 
 def collect(bundle: Bundle, clips: Sequence[Clip]) -> Evidence:
     """Track every clip, and seek every target in the other clips."""
-    score = dataclasses.replace(bundle.manifest.score, thresholds=NEVER_LOST)
-    patient = Bundle(bundle.path, dataclasses.replace(bundle.manifest, score=score))
     spec = bundle.manifest.crop
     scores: list[float] = []
     ious: list[float] = []
     absent: list[float] = []
-    with open_runner(patient) as runner:
+    with _runner(bundle, NEVER_LOST) as runner:
         tracker = SiamTracker(runner)
         targets: dict[str, Features] = {}
         rendered = {clip.name for clip in clips if isinstance(clip.frames, Scene)}
@@ -167,10 +192,9 @@ def collect(bundle: Bundle, clips: Sequence[Clip]) -> Evidence:
                 track = tracker.update(image)
                 if truth is not None:
                     off = off + 1 if iou_xywh(track.box_xywh, truth) <= HIT_IOU else 0
-                # In a real sequence a frame without truth may be unlabelled; in a rendered one the target is hidden.
-                if truth is not None or isinstance(clip.frames, Scene):
+                if _scored(clip, truth):
                     scores.append(track.score)
-                    ious.append(float(iou_xywh(track.box_xywh, truth)) if truth is not None else 0.0)
+                    ious.append(_iou(track.box_xywh, truth))
                 if truth is not None and index % FOREIGN_STRIDE == 0:
                     cx, cy, w, h = xywh_to_cxcywh(truth).tolist()
                     window = square_window(cx, cy, context_size(w, h, spec.context) * spec.search_px / spec.template_px)
@@ -188,8 +212,7 @@ def collect(bundle: Bundle, clips: Sequence[Clip]) -> Evidence:
 
 def choose_thresholds(evidence: Evidence) -> Thresholds:
     """Thresholds by the rules in this module's head, rounded to two digits."""
-    order = np.argsort(evidence.scores, kind="stable")
-    scores, share = evidence.scores[order], isotonic(evidence.ious[order] > HIT_IOU)
+    scores, share = np.sort(evidence.scores), isotonic(_hits_by_score(evidence))
 
     def score_at(wanted: float) -> float:
         reached = np.flatnonzero(share >= wanted)
@@ -221,21 +244,104 @@ def isotonic(values: NDArray[np.bool_]) -> NDArray[np.float64]:
     return np.repeat(np.array(means), counts)
 
 
+def in_bins(evidence: Evidence) -> Bins:
+    """Count the evidence by score."""
+
+    def counts(scores: NDArray[np.float64]) -> NDArray[np.int64]:
+        return np.bincount(np.clip(scores * BINS, 0, BINS - 1).astype(int), minlength=BINS)
+
+    frames, hits = counts(evidence.scores), counts(evidence.scores[evidence.ious > HIT_IOU])
+    shares = np.divide(hits, frames, out=np.full(BINS, np.nan), where=frames > 0)
+    return Bins(frames, shares, counts(evidence.absent) / max(evidence.absent.size, 1))
+
+
+def closed_loop(bundle: Bundle, clips: Sequence[Clip], thresholds: Thresholds) -> dict[str, float]:
+    """What the states are worth in one pass over each clip, as mean over the clips.
+
+    Returns:
+        ``frames`` (scored ones), and the columns of `evaluation.metrics.state_statistics`.
+    """
+    rows = []
+    with _runner(bundle, thresholds) as runner:
+        tracker = SiamTracker(runner)
+        for clip in tqdm(clips, unit="clip", disable=None):
+            states: list[str] = []
+            ious: list[float] = []
+            for index, (image, truth) in enumerate(zip(clip.images(), clip.truth, strict=True)):
+                if index == 0:
+                    assert truth is not None  # a clip starts with a box
+                    tracker.init(image, truth)
+                    continue
+                track = tracker.update(image)
+                if _scored(clip, truth):
+                    states.append(track.state.name)
+                    ious.append(_iou(track.box_xywh, truth))
+            rows.append({"frames": len(ious), **state_statistics(states, ious)})
+    return mean_row(rows)
+
+
 def report(evidence: Evidence, thresholds: Thresholds) -> str:
     """Reliability table and the thresholds as text."""
+    bins = in_bins(evidence)
     lines = ["score      frames   IoU>0.3   windows without the target"]
-    for low in np.arange(10) / 10:
-        inside = (evidence.scores >= low) & (evidence.scores < low + 0.1 + 1e-9)
-        share = f"{np.mean(evidence.ious[inside] > HIT_IOU):.2f}" if inside.any() else "-"
-        empty = np.mean((evidence.absent >= low) & (evidence.absent < low + 0.1 + 1e-9))
-        lines.append(f"{low:.1f}-{low + 0.1:.1f}{inside.sum():>10}{share:>10}{empty:>15.3f}")
-    values = ", ".join(f"{f.name} {getattr(thresholds, f.name)}" for f in dataclasses.fields(thresholds))
+    for index in range(BINS):
+        share = f"{bins.hits[index]:.2f}" if bins.frames[index] else "-"
+        scores = f"{index / BINS:.1f}-{(index + 1) / BINS:.1f}"
+        lines.append(f"{scores}{bins.frames[index]:>10}{share:>10}{bins.absent[index]:>15.3f}")
+    values = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(thresholds).items())
     return "\n".join([*lines, values])
+
+
+def state_report(row: Mapping[str, float]) -> str:
+    """Table of what `closed_loop` found, as text."""
+    lines = [
+        f"state      of frames   IoU>0.3   one pass with these thresholds, {row['frames']:g} frames, mean over clips"
+    ]
+    for state in STATES:
+        share, hit = row[f"share_{state.lower()}"], row[f"hit_{state.lower()}"]
+        lines.append(f"{state:<10}{share:>10.2f}{'-' if np.isnan(hit) else f'{hit:.2f}':>10}")
+    return "\n".join(lines)
+
+
+def plot(evidence: Evidence, thresholds: Thresholds, name: str) -> str:
+    """`evaluation.plots.reliability_plot` of a model called `name`, with the fit that the thresholds were cut from."""
+    bins = in_bins(evidence)
+    scores, share = np.sort(evidence.scores), isotonic(_hits_by_score(evidence))
+    ends = np.flatnonzero(np.diff(share, prepend=-1.0) + np.diff(share, append=2.0))  # of each level part
+    fit = Line("monotone fit", scores[ends], share[ends])
+    marks = {f"{key} {value}": value for key, value in dataclasses.asdict(thresholds).items() if key != "lost_after"}
+    return reliability_plot(bins.frames, bins.hits, bins.absent, fit, marks, f"What the score of {name} is worth")
 
 
 def _box(row: Sequence[float]) -> Box:
     x, y, w, h = row
     return x, y, w, h
+
+
+def _runner(bundle: Bundle, thresholds: Thresholds) -> Runner:
+    """Of the bundle with other thresholds, in its own precision: they must not depend on what this CPU is fast at."""
+    score = dataclasses.replace(bundle.manifest.score, thresholds=thresholds)
+    changed = Bundle(bundle.path, dataclasses.replace(bundle.manifest, score=score))
+    return open_runner(changed, precision=bundle.manifest.precision)
+
+
+def _scored(clip: Clip, truth: Box | None) -> bool:
+    """In a real sequence a frame without truth may be unlabelled; in a rendered one the target is hidden."""
+    return truth is not None or isinstance(clip.frames, Scene)
+
+
+def _iou(box_xywh: Box, truth: Box | None) -> float:
+    return float(iou_xywh(box_xywh, truth)) if truth is not None else 0.0
+
+
+def _hits_by_score(evidence: Evidence) -> NDArray[np.bool_]:
+    return evidence.ious[np.argsort(evidence.scores, kind="stable")] > HIT_IOU
+
+
+def _svg(text: str) -> Path:
+    if not text.lower().endswith(".svg"):
+        raise argparse.ArgumentTypeError(f"the plot is drawn as SVG; expected a name that ends in .svg, got {text!r}")
+    return Path(text)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class OpenCvTracker:
         """Start on a box, rounded to the whole pixels of at least 1 x 1 that OpenCV takes."""
         x, y, w, h = (int(round(value)) for value in box_xywh)
         whole = (x, y, max(w, 1), max(h, 1))
+        cv2.setRNGSeed(0)  # MIL draws samples: what it finds must not depend on what ran before
         self._tracker = self._make()
         # The new API returns None here, cv2.legacy returns whether it started.
         if self._tracker.init(frame_bgr, whole) is False:

@@ -1,8 +1,9 @@
-"""Image sequences with one ground-truth box a frame, from two folder layouts.
+"""Image sequences with one ground-truth box a frame, and the two plainest folder layouts: OTB's and our own.
 
-Both end up as a `Sequence`: image paths in playing order and boxes in the continuous 0-based coordinates of
+Every layout ends up as a `Sequence`: image paths in playing order and boxes in the continuous 0-based coordinates of
 `siamtrack.boxes`, with a row of NaN where the target is absent or unlabelled. Images are decoded one at a time by
-`read_frame`, so a sequence costs no memory until it is played.
+`read_frame`, so a sequence costs no memory until it is played. `evaluation.layouts` finds sequences in a folder and
+reads the layouts of the public benchmarks.
 """
 
 from __future__ import annotations
@@ -38,17 +39,27 @@ class Sequence:
         name: what tables call it, usually the folder's name.
         frames: paths of the F images in playing order.
         truth_xywh: float64 ``[F, 4]``, image pixels, 0-based; NaN rows where the target is absent or unlabelled.
+        visible: ``[F]``, False where the data set says that the target cannot be seen (LaSOT, GOT-10k), whether or not
+            the frame has a box; None where every labelled frame counts as visible.
+        attributes: what the sequence is an example of, such as "occlusion"; () where the data set does not say.
     """
 
     name: str
     frames: tuple[Path, ...]
     truth_xywh: NDArray[np.float64]
+    visible: NDArray[np.bool_] | None = None
+    attributes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.truth_xywh.shape != (len(self.frames), 4):
             raise ValueError(
                 f"sequence {self.name}: truth must have shape [{len(self.frames)}, 4], a row an image, "
                 f"got {list(self.truth_xywh.shape)}"
+            )
+        if self.visible is not None and self.visible.shape != (len(self.frames),):
+            raise ValueError(
+                f"sequence {self.name}: visibility must have shape [{len(self.frames)}], a value an image, "
+                f"got {list(self.visible.shape)}"
             )
         if not self.has_truth.any():
             raise ValueError(f"sequence {self.name}: no frame has a box, so no tracker can be started on it")
@@ -57,6 +68,11 @@ class Sequence:
     def has_truth(self) -> NDArray[np.bool_]:
         """``[F]``: True where the frame has a box of some area."""
         return _is_box(self.truth_xywh)
+
+    @property
+    def scorable(self) -> NDArray[np.bool_]:
+        """``[F]``: True where the frame has a box and the target can be seen."""
+        return self.has_truth if self.visible is None else self.has_truth & self.visible
 
     @property
     def start(self) -> int:
@@ -81,57 +97,32 @@ def read_otb(folder: str | Path, truth_name: str = OTB_TRUTH, allow_prefix: bool
         ValueError: a row cannot be read, or images and rows differ in number.
     """
     folder = Path(folder)
-    frames = _image_paths(folder)
-    truth = _read_rows(folder / truth_name)
+    frames = image_paths(folder / "img")
+    truth = read_rows(folder / truth_name)
     if len(frames) != len(truth) and folder.name.lower() in OTB_RANGES:
         first, last = OTB_RANGES[folder.name.lower()]
         frames = frames[first - 1 : last]
     if len(frames) != len(truth) and allow_prefix:
         shared = min(len(frames), len(truth))
         frames, truth = frames[:shared], truth[:shared]
-    _check_counts(folder / truth_name, len(frames), len(truth), "; allow_prefix=True uses what both have")
-    return Sequence(folder.name, frames, _without_empty(truth - [1, 1, 0, 0]))
+    check_counts(folder / truth_name, len(frames), len(truth), "; allow_prefix=True uses what both have")
+    return Sequence(folder.name, frames, without_empty(truth - [1, 1, 0, 0]))
 
 
 def read_video_folder(folder: str | Path) -> Sequence:
-    """A sequence of ``img/%05d.jpg`` and ``groundtruth.txt``: 0-based ``x,y,w,h`` rows, ``nan`` where absent.
+    """A sequence of images and ``groundtruth.txt``: 0-based ``x,y,w,h`` rows, ``nan`` where absent.
+
+    The images lie in ``img/``, or beside the truth file where there is no such folder.
 
     Raises:
         FileNotFoundError: the images or the truth file are missing.
         ValueError: a row cannot be read, or images and rows differ in number.
     """
     folder = Path(folder)
-    frames = _image_paths(folder)
-    truth = _read_rows(folder / VIDEO_TRUTH)
-    _check_counts(folder / VIDEO_TRUTH, len(frames), len(truth), "")
-    return Sequence(folder.name, frames, _without_empty(truth))
-
-
-def read_sequences(root: str | Path) -> list[Sequence]:
-    """All sequences in the child folders of `root`, sorted by name; each child's layout shows by its truth file.
-
-    Children without a truth file are passed over. `root` may also be one sequence's folder.
-
-    Raises:
-        FileNotFoundError: `root` is missing or holds no sequence.
-        ValueError: a sequence cannot be read (see `read_otb` and `read_video_folder`).
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}; expected a folder of sequences")
-    readers = {OTB_TRUTH: read_otb, VIDEO_TRUTH: read_video_folder}
-    sequences = []
-    for folder in [root, *sorted(path for path in root.iterdir() if path.is_dir())]:
-        for truth_name, read in readers.items():
-            if (folder / truth_name).is_file():
-                sequences.append(read(folder))
-                break
-    if not sequences:
-        raise FileNotFoundError(
-            f"no sequence in {root}; expected child folders with img/ and {OTB_TRUTH} (OTB, 1-based) "
-            f"or {VIDEO_TRUTH} (0-based)"
-        )
-    return sequences
+    frames = image_paths(images_folder(folder))
+    truth = read_rows(folder / VIDEO_TRUTH)
+    check_counts(folder / VIDEO_TRUTH, len(frames), len(truth))
+    return Sequence(folder.name, frames, without_empty(truth))
 
 
 def read_frame(path: str | Path) -> NDArray[np.uint8]:
@@ -142,18 +133,33 @@ def read_frame(path: str | Path) -> NDArray[np.uint8]:
     return image  # type: ignore[return-value]
 
 
-def _image_paths(folder: Path) -> tuple[Path, ...]:
-    images = folder / "img"
+def images_folder(folder: Path) -> Path:
+    """Where a sequence's folder keeps its images: in ``img`` if there is one, else in itself."""
+    return folder / "img" if (folder / "img").is_dir() else folder
+
+
+def image_paths(images: Path) -> tuple[Path, ...]:
+    """Image files of a folder in playing order.
+
+    Raises:
+        FileNotFoundError: the folder is missing or holds no image.
+    """
     if not images.is_dir():
         raise FileNotFoundError(f"no folder {images}; expected the sequence's images there")
-    paths = [path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    paths = [path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
     if not paths:
         raise FileNotFoundError(f"no image in {images}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     # By number where names are numbers: unpadded ones would sort 1, 10, 2.
     return tuple(sorted(paths, key=lambda path: (int(path.stem) if path.stem.isdecimal() else -1, path.name)))
 
 
-def _read_rows(path: Path) -> NDArray[np.float64]:
+def read_rows(path: Path) -> NDArray[np.float64]:
+    """Boxes ``[F, 4]`` of a text file: four numbers a row, or ``nan``, with commas, tabs or blanks between them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a row is not four numbers.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; expected a row x,y,w,h an image")
     rows = []
@@ -173,7 +179,7 @@ def _read_rows(path: Path) -> NDArray[np.float64]:
     return np.array(rows, dtype=np.float64).reshape(-1, 4)
 
 
-def _without_empty(truth_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
+def without_empty(truth_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
     """Rows without a positive, finite size become NaN: several data sets write 0,0,0,0 for an absent target."""
     return np.where(_is_box(truth_xywh)[:, None], truth_xywh, np.nan)
 
@@ -183,6 +189,11 @@ def _is_box(boxes_xywh: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.logical_and(finite, (boxes_xywh[:, 2:] > 0).all(axis=1))
 
 
-def _check_counts(path: Path, images: int, rows: int, advice: str) -> None:
+def check_counts(path: Path, images: int, rows: int, advice: str = "") -> None:
+    """Refuse a truth file that has not one row an image; `advice` ends the message.
+
+    Raises:
+        ValueError: the numbers differ.
+    """
     if images != rows:
         raise ValueError(f"{path} has {rows} rows for {images} images; expected one row an image{advice}")

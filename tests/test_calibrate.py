@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from evaluation.calibrate import LOST_AFTER, Evidence, choose_thresholds, isotonic, load_clips, main, report
+from evaluation.calibrate import (
+    LOST_AFTER,
+    NEVER_LOST,
+    Clip,
+    Evidence,
+    choose_thresholds,
+    closed_loop,
+    in_bins,
+    isotonic,
+    load_clips,
+    main,
+    plot,
+    report,
+    state_report,
+)
+from evaluation.plots import LEFT, RIGHT, WIDTH, Line, reliability_plot
 from siamtrack.bundle import Bundle, load_bundle
 from siamtrack.scene import Scene
+from siamtrack.state import Thresholds
 
 
 @pytest.mark.parametrize(
@@ -70,6 +88,47 @@ def test_report_counts_every_frame() -> None:
     assert sum(int(row.split()[1]) for row in rows) == 500
 
 
+def test_every_score_is_in_one_bin() -> None:
+    evidence = Evidence(
+        np.array([0.0, 0.05, 0.1, 0.5, 0.55, 1.0]), np.array([0, 0.8, 0.8, 0.3, 0.9, 1]), np.array([1.0, 0])
+    )
+    bins = in_bins(evidence)
+    assert bins.frames.tolist() == [2, 1, 0, 0, 0, 2, 0, 0, 0, 1]
+    np.testing.assert_equal(bins.hits, [0.5, 1, *[np.nan] * 3, 0.5, *[np.nan] * 3, 1])  # an IoU of 0.3 is no hit
+    assert bins.absent.tolist() == [0.5, *[0] * 8, 0.5]
+    assert report(evidence, NEVER_LOST).splitlines()[3].split() == ["0.2-0.3", "0", "-", "0.000"]
+
+
+def test_the_plot_shows_bins_counts_and_thresholds() -> None:
+    scores = np.repeat([0.15, 0.85], [40, 60])
+    evidence = Evidence(scores, np.where(scores > 0.5, 0.9, 0.0), np.full(30, 0.25))
+    thresholds = Thresholds(0.85, 0.5, 0.2, 10, 0.9)
+    root = ElementTree.fromstring(plot(evidence, thresholds, "one & <two>"))
+    texts = [text.text for text in root.findall(".//{*}text")]
+    assert texts[0] == "What the score of one & <two> is worth"
+    assert {"tracking_above 0.85", "uncertain_below 0.5", "lost_below 0.2", "found_above 0.9"} <= set(texts)
+    assert "lost_after 10" not in texts
+    assert texts.count("40") == 1 and texts.count("60") == 1 and texts.count("1.000") == 1
+    heights = [float(bar.get("height", "nan")) for bar in root.findall(".//{*}rect")]
+    assert sum(height > 0 for height in heights) == 2  # the sure frames, and the windows; 40 frames are all off
+    assert len(heights) == 10 + 2
+    upright = {line.get("points", "").split(",")[0] for line in root.findall(".//{*}polyline")}
+    assert {f"{LEFT + (WIDTH - LEFT - RIGHT) * score:.1f}" for score in (0.85, 0.5, 0.2, 0.9)} <= upright
+
+
+def test_the_plotted_fit_rises_where_the_evidence_does() -> None:
+    evidence = made_up(count=300)
+    root = ElementTree.fromstring(plot(evidence, choose_thresholds(evidence), "made up"))
+    longest = max((line.get("points", "").split() for line in root.findall(".//{*}polyline")), key=len)
+    points = np.array([[float(v) for v in point.split(",")] for point in longest])
+    assert len(points) > 4 and (np.diff(points[:, 0]) >= 0).all() and (np.diff(points[:, 1]) <= 0).all()
+
+
+def test_a_plot_needs_a_number_a_bin() -> None:
+    with pytest.raises(ValueError, match=r"expected a number a bin three times, got shapes \(3,\), \(2,\) and \(3,\)"):
+        reliability_plot([1, 2, 3], [0, 1], [0, 0, 1], Line("fit", [0], [0]), {}, "title")
+
+
 @pytest.fixture
 def sequences(tmp_path: Path) -> Path:
     """Two short sequences of the rendered scene."""
@@ -92,16 +151,61 @@ def test_load_clips(sequences: Path) -> None:
         load_clips(sequences, ["clip5"], 0)
 
 
+def test_closed_loop_counts_states_and_what_they_were_worth(sequences: Path, default_bundle: Bundle) -> None:
+    clips = load_clips(sequences, None, 0)
+    sure = closed_loop(default_bundle, clips, NEVER_LOST)
+    assert (sure["frames"], sure["share_tracking"], sure["hit_tracking"]) == (22, 1.0, 1.0)
+    assert np.isnan(sure["hit_lost"])
+    blind = closed_loop(default_bundle, clips, Thresholds(1, 1, 1, 1, 1))  # lost at once and never found
+    assert (blind["share_tracking"], blind["share_lost"]) == (0.0, 1.0)
+    # A box of somewhere else for truth: the tracker is as sure as before, and wrong.
+    wrong = [dataclasses.replace(clip, truth=(clip.truth[0], *[(0.0, 0.0, 5.0, 5.0)] * 11)) for clip in clips]
+    assert closed_loop(default_bundle, wrong, NEVER_LOST)["hit_tracking"] == 0.0
+
+
+def test_closed_loop_takes_a_hidden_target_for_a_miss_and_leaves_out_what_is_unlabelled(
+    sequences: Path, default_bundle: Bundle
+) -> None:
+    scene = Scene(320, 180, frames=4, seed=5)
+    hidden = Clip("scene", scene, (next(iter(scene)).box_xywh, None, None, None))
+    row = closed_loop(default_bundle, [hidden], NEVER_LOST)
+    assert (row["frames"], row["hit_tracking"]) == (3, 0.0)
+    clip = load_clips(sequences, None, 0)[0]
+    unlabelled = dataclasses.replace(clip, truth=(*clip.truth[:5], *[None] * 7))
+    assert closed_loop(default_bundle, [unlabelled], NEVER_LOST)["frames"] == 4
+
+
+def test_state_report() -> None:
+    row = {"share_tracking": 0.75, "hit_tracking": 1.0, "share_uncertain": 0.25, "hit_uncertain": 0.5}
+    lines = state_report({"frames": 40, **row, "share_lost": 0.0, "hit_lost": float("nan")}).splitlines()
+    assert "40 frames" in lines[0]
+    assert [line.split() for line in lines[1:]] == [
+        ["TRACKING", "0.75", "1.00"],
+        ["UNCERTAIN", "0.25", "0.50"],
+        ["LOST", "0.00", "-"],
+    ]
+
+
 def test_command_writes_thresholds_that_load(
     sequences: Path, default_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(default_bundle.path, folder)
     names = ["--names", "clip5", "clip6", "--scenes", "0"]
-    assert main([str(folder), "--sequences", str(sequences), *names]) == 0
+    drawing = tmp_path / "plots" / "reliability.svg"
+    assert main([str(folder), "--sequences", str(sequences), *names, "--plot", str(drawing)]) == 0
+    said = capsys.readouterr().out
+    assert "TRACKING " in said and "22 frames" in said and f"wrote {drawing}" in said
+    assert "What the score of bundle is worth" in drawing.read_text()
     assert load_bundle(folder).manifest == default_bundle.manifest  # without --write nothing changes
     assert main([str(folder), "--sequences", str(sequences), *names, "--write"]) == 0
     score = load_bundle(folder).manifest.score
     assert score.calibration == "evaluation.calibrate on clip5, clip6"
     assert f"tracking_above {score.thresholds.tracking_above}" in capsys.readouterr().out
     assert main([str(tmp_path / "nothing"), "--sequences", str(sequences)]) == 2
+
+
+def test_a_plot_of_another_kind_is_refused_before_the_work(sequences: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["siamcan-mobilenetv2", "--sequences", str(sequences), "--plot", "reliability.png"])
+    assert "expected a name that ends in .svg, got 'reliability.png'" in capsys.readouterr().err

@@ -1,61 +1,34 @@
 from __future__ import annotations
 
 import csv
-from pathlib import Path
+import time
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
-from benchmarks import accuracy, latency
-from evaluation import ope, peers
-from evaluation.sequences import Sequence, read_frame, read_otb, read_sequences, read_video_folder
+from benchmarks import accuracy, evaluation_speed, latency
+from evaluation import metrics, onepass, peers
+from evaluation.layouts import read_sequences
+from evaluation.sequences import Sequence, read_frame, read_otb, read_video_folder
 from siamtrack.benchmark import format_table, measure, resident_memory_mib, summary
 from siamtrack.boxes import iou_xywh
 from siamtrack.state import State
+from tests.sequence_files import TRUTH, write_images, write_otb, write_video
 
 NAN = float("nan")
-# A 20 x 10 target that steps 5 px to the right: a box left at the start has IoU 1, 15/25, 10/30, 5/35, 0.
-TRUTH = np.array([[10.0 + 5 * index, 20, 20, 10] for index in range(5)])
-
-
-def write_images(folder: Path, truth_xywh: np.ndarray, pattern: str = "{:04d}.jpg") -> None:
-    """Frames of 96 x 64 with a bright textured target on grey noise."""
-    rng = np.random.default_rng(0)
-    (folder / "img").mkdir(parents=True)
-    background = rng.integers(60, 90, (64, 96, 3), dtype=np.uint8)
-    target = rng.integers(120, 255, (10, 20, 3), dtype=np.uint8)
-    for index, box in enumerate(truth_xywh):
-        frame = background.copy()
-        if np.isfinite(box).all():
-            x, y = int(box[0]), int(box[1])
-            frame[y : y + 10, x : x + 20] = target
-        cv2.imwrite(str(folder / "img" / pattern.format(index + 1)), frame)
-
-
-def write_otb(folder: Path, truth_xywh: np.ndarray, separator: str = ",", end: str = "\n") -> Path:
-    write_images(folder, truth_xywh)
-    rows = [separator.join(f"{value:g}" for value in np.add(row, [1, 1, 0, 0])) for row in truth_xywh]
-    (folder / "groundtruth_rect.txt").write_text(end.join(rows) + end, newline="")
-    return folder
-
-
-def write_video(folder: Path, truth_xywh: np.ndarray) -> Path:
-    write_images(folder, truth_xywh, "{:05d}.jpg")
-    np.savetxt(folder / "groundtruth.txt", truth_xywh, fmt="%.2f", delimiter=",")
-    return folder
 
 
 def moving_square(count: int) -> tuple[list[np.ndarray], tuple[float, float, float, float]]:
-    """Frames of 160 x 120 with a blotchy square of 30 px that steps 3 px to the right, and its first box."""
+    """Frames of 320 x 240 with a blotchy square of 60 px that steps 6 px to the right, and its first box."""
     rng = np.random.default_rng(0)
     coarse = [rng.integers(0, 256, (size, size, 3), dtype=np.uint8) for size in (20, 8)]
-    background, target = cv2.resize(coarse[0], (160, 120)), cv2.resize(coarse[1], (30, 30))
+    background, target = cv2.resize(coarse[0], (320, 240)), cv2.resize(coarse[1], (60, 60))
     frames = [background.copy() for _ in range(count)]
     for index, frame in enumerate(frames):
-        frame[45:75, 60 + 3 * index : 90 + 3 * index] = target
-    return frames, (60.0, 45.0, 30.0, 30.0)
+        frame[90:150, 100 + 6 * index : 160 + 6 * index] = target
+    return frames, (100.0, 90.0, 60.0, 60.0)
 
 
 class Oracle:
@@ -105,7 +78,7 @@ def test_video_folder_is_zero_based_with_nan_for_absent(tmp_path):
 
 
 def test_frames_are_ordered_by_number(tmp_path):
-    write_images(tmp_path, TRUTH[[0] * 11], "{}.jpg")
+    write_images(tmp_path / "img", TRUTH[[0] * 11], "{}.jpg")
     (tmp_path / "groundtruth_rect.txt").write_text("1,1,5,5\n" * 11)
     assert [int(path.stem) for path in read_otb(tmp_path).frames] == list(range(1, 12))
 
@@ -130,7 +103,7 @@ def test_rows_that_do_not_match_the_images_are_refused(tmp_path, rows):
 
 
 def test_documented_otb_range_is_used(tmp_path):
-    write_images(tmp_path / "Football1", TRUTH[[0] * 80])
+    write_images(tmp_path / "Football1" / "img", TRUTH[[0] * 80])
     (tmp_path / "Football1" / "groundtruth_rect.txt").write_text("1,1,5,5\n" * 74)
     assert read_otb(tmp_path / "Football1").frames[-1].stem == "0074"
 
@@ -173,48 +146,48 @@ def test_unreadable_data_is_named(tmp_path):
     ],
 )
 def test_overlap_metrics(ious, auc, sr50, overlap):
-    assert ope.success_auc(ious) == pytest.approx(auc)
-    assert ope.success_rate(ious, 0.5) == sr50
-    assert ope.average_overlap(ious) == pytest.approx(overlap)
+    assert metrics.success_auc(ious) == pytest.approx(auc)
+    assert metrics.success_rate(ious, 0.5) == sr50
+    assert metrics.average_overlap(ious) == pytest.approx(overlap)
 
 
 def test_precision_includes_its_threshold():
     truth = np.tile([100.0, 100, 40, 20], (4, 1))
     boxes = np.add(truth, [[0, 0, 0, 0], [12, 16, 0, 0], [20, 0, 2, 0], [0, 4, 0, 0]])
     # Centre errors: 0, 20, 21 and 4 px; divided by 40 x 20: 0, hypot(.3, .8), .525, .2.
-    assert ope.precision(boxes, truth) == 0.75
-    assert ope.precision(boxes, truth, 3) == 0.25
-    assert ope.norm_precision(boxes, truth) == 0.5
-    assert ope.norm_precision(boxes, truth, 0.53) == 0.75
+    assert metrics.precision(boxes, truth) == 0.75
+    assert metrics.precision(boxes, truth, 3) == 0.25
+    assert metrics.norm_precision(boxes, truth) == 0.5
+    assert metrics.norm_precision(boxes, truth, 0.53) == 0.75
 
 
 def test_a_box_of_nan_is_a_miss_and_truth_of_nan_is_refused():
-    assert ope.precision([[NAN] * 4], TRUTH[:1]) == 0
-    assert ope.success_auc(iou_xywh([[NAN] * 4], TRUTH[:1])) == 0
+    assert metrics.precision([[NAN] * 4], TRUTH[:1]) == 0
+    assert metrics.success_auc(iou_xywh([[NAN] * 4], TRUTH[:1])) == 0
     with pytest.raises(ValueError, match="scored_frames"):
-        ope.precision(TRUTH[:1], [[NAN] * 4])
+        metrics.precision(TRUTH[:1], [[NAN] * 4])
     with pytest.raises(ValueError, match="shape"):
-        ope.norm_precision(TRUTH[:2], TRUTH[:1])
+        metrics.norm_precision(TRUTH[:2], TRUTH[:1])
 
 
 def test_no_frames_have_no_score():
     empty = np.empty((0, 4))
-    for value in (ope.success_auc([]), ope.average_overlap([]), ope.precision(empty, empty)):
+    for value in (metrics.success_auc([]), metrics.average_overlap([]), metrics.precision(empty, empty)):
         assert np.isnan(value)
 
 
 def test_state_statistics():
-    statistics = ope.state_statistics(["TRACKING", "TRACKING", "LOST", "TRACKING"], [0.9, 0.31, 0.0, 0.3])
+    statistics = metrics.state_statistics(["TRACKING", "TRACKING", "LOST", "TRACKING"], [0.9, 0.31, 0.0, 0.3])
     assert statistics["share_tracking"] == 0.75 and statistics["hit_tracking"] == pytest.approx(2 / 3)
     assert statistics["share_lost"] == 0.25 and statistics["hit_lost"] == 0
     assert statistics["share_uncertain"] == 0 and np.isnan(statistics["hit_uncertain"])
 
 
 def test_mean_row_counts_sequences_the_same_and_skips_missing_values():
-    mean = ope.mean_row([{"frames": 10, "auc": 0.2, "hit_lost": NAN}, {"frames": 90, "auc": 0.6, "hit_lost": 0.5}])
+    mean = metrics.mean_row([{"frames": 10, "auc": 0.2, "hit_lost": NAN}, {"frames": 90, "auc": 0.6, "hit_lost": 0.5}])
     assert mean == {"frames": 100, "auc": pytest.approx(0.4), "hit_lost": 0.5}
     with pytest.raises(ValueError, match="no rows"):
-        ope.mean_row([])
+        metrics.mean_row([])
 
 
 # One pass
@@ -223,8 +196,8 @@ def test_mean_row_counts_sequences_the_same_and_skips_missing_values():
 def test_perfect_tracker(tmp_path):
     sequence = read_otb(write_otb(tmp_path / "a", TRUTH))
     played = []
-    result = ope.run_ope(lambda: Oracle(TRUTH), sequence, on_frame=lambda: played.append(1))
-    row = ope.summarise(result, sequence)
+    result = onepass.run_ope(lambda: Oracle(TRUTH), sequence, on_frame=lambda: played.append(1))
+    row = onepass.summarise(result, sequence)
     assert len(played) == 5 and row["frames"] == 4
     assert row["auc"] == pytest.approx(20 / 21) and row["precision20"] == row["norm_precision"] == row["sr50"] == 1
     assert np.isfinite(result.seconds).all() and 0 <= row["ms_median"] <= row["ms_p95"]
@@ -232,7 +205,7 @@ def test_perfect_tracker(tmp_path):
 
 def test_static_tracker_on_known_motion(tmp_path):
     sequence = read_otb(write_otb(tmp_path / "a", TRUTH))
-    row = ope.summarise(ope.run_ope(peers.StaticTracker, sequence), sequence)
+    row = onepass.summarise(onepass.run_ope(peers.StaticTracker, sequence), sequence)
     # The given first box is not scored. IoU 15/25, 10/30, 5/35, 0 pass 12, 7, 3 and 0 of the 21 thresholds.
     assert row["auc"] == pytest.approx((12 + 7 + 3 + 0) / 4 / 21)
     assert row["sr50"] == 0.25 and row["ao"] == pytest.approx((15 / 25 + 10 / 30 + 5 / 35) / 4)
@@ -244,11 +217,11 @@ def test_frames_without_truth_are_played_but_not_scored(tmp_path):
     truth = TRUTH.copy()
     truth[[0, 3]] = NAN
     sequence = read_video_folder(write_video(tmp_path / "v", truth))
-    result = ope.run_ope(lambda: Oracle(truth, start=1), sequence)
+    result = onepass.run_ope(lambda: Oracle(truth, start=1), sequence)
     assert result.states == ("IDLE", "TRACKING", "TRACKING", "LOST", "TRACKING")
-    assert ope.scored_frames(result, sequence).tolist() == [False, False, True, False, True]
+    assert onepass.scored_frames(result, sequence).tolist() == [False, False, True, False, True]
     assert np.isnan(result.boxes_xywh[0]).all() and np.isnan(result.scores).tolist() == [True, True] + [False] * 3
-    row = ope.summarise(result, sequence)
+    row = onepass.summarise(result, sequence)
     assert row["frames"] == 2 and row["auc"] == pytest.approx(20 / 21) and row["share_tracking"] == 1
 
 
@@ -272,12 +245,12 @@ def test_missing_peer_names_the_package(monkeypatch):
 def test_opencv_peer_follows_a_slow_target(tmp_path, name):
     if name not in peers.available_peers():
         pytest.skip(f"this cv2 has no {name}")
-    frames, box = moving_square(4)
+    frames, box = moving_square(12)
     tracker = peers.create_peer(name)
     tracker.init(frames[0], box)
     for frame in frames[1:]:
         track = tracker.update(frame)
-    moved = (box[0] + 9, box[1], box[2], box[3])  # 3 px a frame
+    moved = (box[0] + 66, box[1], box[2], box[3])  # 6 px a frame: off the first box altogether
     assert iou_xywh(track.box_xywh, moved) > 0.5
     assert track.state is State.TRACKING and track.score == 1
     assert all(type(value) is float for value in track.box_xywh)
@@ -316,6 +289,11 @@ def test_measure_splits_the_stages_that_a_runner_tells():
         measure(Timed(), frames, box, iterations=0)
     with pytest.raises(ValueError, match="no frames"):
         measure(Timed(), [], box)
+    with pytest.raises(ValueError, match="rate_hz=-1"):
+        measure(Timed(), frames, box, rate_hz=-1)
+    began = time.perf_counter()
+    measure(Timed(), frames, box, warmup=0, iterations=5, rate_hz=100)
+    assert time.perf_counter() - began >= 0.04  # the fifth frame comes 40 ms after the first, never earlier
 
 
 def test_frames_are_played_forth_and_back():
@@ -381,3 +359,16 @@ def test_latency_command(tmp_path, capsys):
     ]
     assert "128 x 96" in capsys.readouterr().out
     assert latency.main(["--model", "--peers", "static", "--sizes", "big"]) == 2
+
+
+def test_evaluation_speed_command(tmp_path, capsys):
+    write_otb(tmp_path / "data" / "a", TRUTH)
+    write_otb(tmp_path / "data" / "b", TRUTH)
+    arguments = ["--repetitions", "1", "--out", str(tmp_path / "results"), "--data"]
+    assert evaluation_speed.main([*arguments, str(tmp_path / "data")]) == 0
+    rows = list(csv.DictReader((tmp_path / "results" / "evaluation_speed.csv").read_text().splitlines()[2:]))
+    assert [row["processes"] for row in rows] == ["1", "2"] and rows[0]["times_faster"] == "1.0000"
+    alone, both = (float(row["seconds"]) for row in rows)
+    assert float(rows[1]["times_faster"]) == pytest.approx(alone / both, abs=1e-3)
+    assert evaluation_speed.main([*arguments, str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err

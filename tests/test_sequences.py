@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.ope import average_overlap, run_ope, scored_frames
+from evaluation.metrics import average_overlap
+from evaluation.onepass import run_ope, scored_frames
 from evaluation.sequences import Sequence, read_otb
 from siamtrack import SiamTracker
 from siamtrack.boxes import iou_xywh
