@@ -15,6 +15,7 @@ from launch_ros.parameter_descriptions import ParameterValue
 from launch import LaunchContext, LaunchDescription
 
 RESPAWN_DELAY_S = 1.0
+TEXTS = ("model", "backend", "precision", "build_engines", "engine_key_file")
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -27,7 +28,14 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument("image", default_value="image", description="image topic, without /compressed"),
             DeclareLaunchArgument("camera_info", default_value="camera_info", description="calibration topic"),
             DeclareLaunchArgument("model", default_value="", description="shipped model or bundle folder"),
-            DeclareLaunchArgument("backend", default_value="", description="what runs the model"),
+            DeclareLaunchArgument(
+                "backend", default_value="", description="what runs the model: onnxruntime, tensorrt or auto"
+            ),
+            DeclareLaunchArgument(
+                "precision", default_value="", description="what the model computes in: auto, fp32, fp16 or int8"
+            ),
+            DeclareLaunchArgument("build_engines", default_value="", description="never, or auto: while configuring"),
+            DeclareLaunchArgument("engine_key_file", default_value="", description="key that engines are signed with"),
             DeclareLaunchArgument("params_file", default_value=params_file, description="parameters, YAML"),
             DeclareLaunchArgument("use_sim_time", default_value="false", description="follow /clock", **truth),
             DeclareLaunchArgument("autostart", default_value="", description="become active alone", **unset_or_truth),
@@ -44,7 +52,7 @@ def tracker(context: LaunchContext) -> list[Node]:
 
     chosen = {"use_sim_time": value("use_sim_time") == "true"}
     # As text whatever it looks like: a model named 2026 is no number.
-    chosen |= {name: ParameterValue(value(name), value_type=str) for name in ("model", "backend") if value(name)}
+    chosen |= {name: ParameterValue(value(name), value_type=str) for name in TEXTS if value(name)}
     if value("autostart"):
         chosen["autostart"] = value("autostart") == "true"
     return [

@@ -77,7 +77,14 @@ def play(scene: Scene, options: argparse.Namespace) -> None:
         RuntimeError: a node ended or stood still.
     """
     out: Path = options.out
-    tracker = {"model": options.model or "", "backend": options.backend, "threads": options.threads}
+    tracker = {
+        "model": options.model or "",
+        "backend": options.backend,
+        "threads": options.threads,
+        "precision": options.precision,
+        "build_engines": options.build_engines,
+        "engine_key_file": str(options.engine_key or ""),
+    }
     recorder = {"file": str(out / RECORDING), "truth": "clip_player/truth"}
     clip = {"width": scene.width, "height": scene.height, "frames": scene.frames, "seed": scene.seed}
     player = {**clip, "rate_hz": scene.fps, "init": "truth", "wait_for": 1, "start_delay_s": 1.0}

@@ -21,6 +21,8 @@ class Health:
 
     def __init__(self) -> None:
         self.model = ""
+        self.facts: dict[str, str] = {}
+        """What runs it; see `siamtrack.runners.facts_of`."""
         self.state = State.IDLE
         self.reason = ""
         self.score = float("nan")
@@ -32,7 +34,7 @@ class Health:
         """A frame's results were published at `now_ns`, ROS time."""
         self._latencies_ms.append((now_ns - (frame.stamp_ns or frame.arrival_ns)) / 1e6)
 
-    def message(self, stamp: Any, name: str, worker: Worker, backend: str, silent: bool) -> DiagnosticArray:
+    def message(self, stamp: Any, name: str, worker: Worker, silent: bool) -> DiagnosticArray:
         """The current report; rates are since the last one."""
         now, received, handled = time.monotonic(), worker.received, worker.handled
         then, received_then, handled_then = self._last
@@ -44,7 +46,7 @@ class Health:
             "reason": self.reason,
             "score": f"{self.score:.3f}",
             "model": self.model,
-            "backend": backend,
+            **self.facts,
             "rate in (Hz)": f"{(received - received_then) / elapsed:.1f}",
             "rate out (Hz)": f"{(handled - handled_then) / elapsed:.1f}",
             "latency p50 (ms)": f"{np.percentile(latencies, 50):.1f}",

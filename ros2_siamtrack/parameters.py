@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 
-from siamtrack.runners import BACKENDS
+from siamtrack.engine_files import DEFAULT_PRECISION
+from siamtrack.engines import BUILD_POLICIES
+from siamtrack.runners import BACKENDS, PRECISION_CHOICES, EngineOptions
 from siamtrack.tracker import SiamTracker
 
 FROM_MODEL = -1.0
@@ -51,8 +54,30 @@ class Parameter:
 PARAMETERS = (
     Parameter("autostart", True, "configure and activate at start; false leaves it to a lifecycle manager"),
     Parameter("model", "", "shipped model name or bundle folder; empty for the default model"),
-    Parameter("backend", BACKENDS[0], "what runs the model", choices=BACKENDS),
+    Parameter(
+        "backend",
+        BACKENDS[0],
+        "what runs the model; tensorrt needs an NVIDIA GPU and refuses without; auto: tensorrt where it can, else "
+        "onnxruntime with a warning",
+        choices=BACKENDS,
+    ),
     Parameter("threads", 0, "CPU threads of the model; 0 for the cores, up to 4", bounds=(0, 256)),
+    Parameter(
+        "precision",
+        PRECISION_CHOICES[0],
+        f"what the model computes in; auto: {DEFAULT_PRECISION} with tensorrt; with onnxruntime int8 where bundle and "
+        "CPU have it, else fp32",
+        choices=PRECISION_CHOICES,
+    ),
+    Parameter(
+        "build_engines",
+        "never",
+        "never: missing or unfit engines are refused; auto: they are built while configuring, which takes minutes",
+        choices=BUILD_POLICIES,
+    ),
+    Parameter(
+        "engine_key_file", "", "key that TensorRT's engines must be signed with; empty: unsigned ones are taken too"
+    ),
     Parameter(
         "image_transport", "raw", "raw: topic image; compressed: topic image/compressed", choices=("raw", "compressed")
     ),
@@ -99,9 +124,17 @@ def refusal(name: str, value: Any) -> str:
         return ""
     if known[name].choices and value not in known[name].choices:
         return f"{name} must be one of {', '.join(known[name].choices)}, got {value!r}"
+    if name == "engine_key_file" and value and not Path(value).is_file():
+        return f"engine_key_file must be a file, or empty for engines without a signature; there is no file {value!r}"
     if name in TRACKING_PARAMETERS and FROM_MODEL < value < 0:
         return f"{name} must be at least 0, or {FROM_MODEL:g} for the model's own value, got {value:g}"
     return ""
+
+
+def engine_options(build_engines: str, engine_key_file: str) -> EngineOptions:
+    """What the parameters of the same names ask of TensorRT."""
+    key_file = Path(engine_key_file) if engine_key_file else None
+    return EngineOptions(key_file=key_file, build=build_engines)
 
 
 def tune(tracker: SiamTracker, values: dict[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,6 +12,8 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 
 N = TypeVar("N", bound=Node)
+
+GIL_SWITCH_S = 1e-4  # Python's 5 ms lets the executor keep a frame from the thread that waits for it
 
 
 def run_node(name: str, make: Callable[[], N], work: Callable[[N], None], arguments: list[str] | None = None) -> int:
@@ -25,6 +28,7 @@ def run_node(name: str, make: Callable[[], N], work: Callable[[N], None], argume
     Returns:
         Exit status: 0, also when stopped by a signal; 2 when a parameter or argument cannot be used.
     """
+    sys.setswitchinterval(GIL_SWITCH_S)
     rclpy.init(args=arguments)
     node: N | None = None
     try:
@@ -35,6 +39,9 @@ def run_node(name: str, make: Callable[[], N], work: Callable[[N], None], argume
         return 2
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
+    except RuntimeError:  # rclpy's of a context that a signal ended between its look and its use
+        if rclpy.ok():
+            raise
     finally:
         if node is not None:
             node.destroy_node()

@@ -25,12 +25,13 @@ from ros2_siamtrack.cause_log import CauseLog
 from ros2_siamtrack.diagnostics import Health
 from ros2_siamtrack.image_input import ImageInput
 from ros2_siamtrack.images import RosFrame
+from ros2_siamtrack.log_bridge import LogBridge
 from ros2_siamtrack.outputs import Outputs
-from ros2_siamtrack.parameters import PARAMETERS, TRACKING_PARAMETERS, refusal, tune
+from ros2_siamtrack.parameters import PARAMETERS, TRACKING_PARAMETERS, engine_options, refusal, tune
 from ros2_siamtrack.running import run_node, spin
 from siamtrack.bundle import load_bundle
 from siamtrack.camera import Camera
-from siamtrack.runners import open_runner
+from siamtrack.runners import facts_of, open_runner
 from siamtrack.session import FrameRing, InitRequest, Report
 from siamtrack.tracker import SiamTracker
 from siamtrack.worker import Worker
@@ -50,6 +51,7 @@ class TrackerNode(LifecycleNode):
         self._log = CauseLog(self.get_logger())
         self._outputs = Outputs(self, self._log, self._on_worker_error)
         self._health = Health()
+        self._log_bridge = LogBridge(lambda: self.get_logger())
         self._worker: Worker | None = None
         self._images: ImageInput | None = None
         self._camera: Camera | None = None
@@ -87,7 +89,8 @@ class TrackerNode(LifecycleNode):
             self._give_back()
             return TransitionCallbackReturn.FAILURE
         self._say_what_is_missing()
-        self.get_logger().info(f"configured: {self._health.model} on {self._value('backend')}")
+        facts = ", ".join(value if key == "backend" else f"{key} {value}" for key, value in self._health.facts.items())
+        self.get_logger().info(f"configured: {self._health.model} on {facts}")
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -145,6 +148,7 @@ class TrackerNode(LifecycleNode):
         if self._worker is not None:
             self._worker.stop()
             self._worker = None
+        self._log_bridge.close()
         for service in self._held_services:
             self.destroy_service(service)
         self._outputs.close()
@@ -161,10 +165,13 @@ class TrackerNode(LifecycleNode):
 
     def _open_tracker(self) -> SiamTracker:
         """Runs on the worker's thread, which owns what it returns."""
+        self._log_bridge.open()
         bundle = load_bundle(self._value("model") or None)
-        tracker = SiamTracker(open_runner(bundle, self._value("backend"), self._value("threads")))
+        engines = engine_options(**{n: self._value(n) for n in ("build_engines", "engine_key_file")})
+        backend, threads, precision = (self._value(name) for name in ("backend", "threads", "precision"))
+        tracker = SiamTracker(open_runner(bundle, backend, threads, engines, precision))
         tune(tracker, {name: self._value(name) for name in TRACKING_PARAMETERS})
-        self._health.model = bundle.manifest.model
+        self._health.model, self._health.facts = bundle.manifest.model, facts_of(tracker.runner)
         return tracker
 
     def _create_inputs(self) -> None:
@@ -285,7 +292,7 @@ class TrackerNode(LifecycleNode):
         if self._worker is not None and self._images is not None:
             stamp = self.get_clock().now().to_msg()
             name = self.get_fully_qualified_name().lstrip("/")
-            message = self._health.message(stamp, name, self._worker, self._value("backend"), self._images.silent)
+            message = self._health.message(stamp, name, self._worker, self._images.silent)
             self._outputs.publishers["diagnostics"].publish(message)
 
     def _value(self, name: str) -> Any:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import runpy
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,6 +21,9 @@ ARGUMENTS = {
         "camera_info",
         "model",
         "backend",
+        "precision",
+        "build_engines",
+        "engine_key_file",
         "params_file",
         "use_sim_time",
         "autostart",
@@ -40,6 +47,26 @@ def test_launch_file_compiles_and_declares_its_arguments(name: str) -> None:
     assert all({"default_value", "description"} <= {k.arg for k in c.keywords} for c in declared)
     used = [c.args[0] for c in [*calls(tree, "LaunchConfiguration"), *calls(tree, "text"), *calls(tree, "value")]]
     assert {c.value for c in used if isinstance(c, ast.Constant)} <= ARGUMENTS[name]
+
+
+def test_a_wheel_brings_the_nodes_where_ros2_run_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setuptools = pytest.importorskip("setuptools")
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.chdir(tmp_path)
+
+    def executables(command: str) -> list[Path]:
+        monkeypatch.setattr(sys, "argv", ["setup.py", command])
+        runpy.run_path(str(ROOT / "setup.py"))
+        return [Path(file) for file in dict(given["data_files"])["lib/siamtrack"]]
+
+    files = executables("bdist_wheel")
+    assert {f.name for f in files} == {"tracker_node", "clip_player", "select_target", "record_boxes"}
+    for file in files:
+        assert os.access(file, os.X_OK)
+        assert file.read_text().startswith("#!/usr/bin/env python3\n")
+        assert f"from ros2_siamtrack.{file.name} import main" in file.read_text()
+    assert executables("install") == []  # colcon, which puts the console scripts there
 
 
 def calls(tree: ast.AST, function: str) -> list[ast.Call]:

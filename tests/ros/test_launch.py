@@ -88,7 +88,8 @@ def test_tracker_at_its_defaults(prefix: Path) -> None:
 
 def test_tracker_with_arguments(prefix: Path) -> None:
     topics = {"namespace": "left", "image": "/cam/image_raw", "camera_info": "/cam/info"}
-    settings = {"model": "2026", "backend": "onnxruntime", "autostart": "false", "use_sim_time": "true"}
+    settings = {"model": "2026", "backend": "auto", "autostart": "false", "use_sim_time": "true"}
+    settings |= {"precision": "int8", "build_engines": "auto", "engine_key_file": "/etc/siamtrack/engine.key"}
     tracker = run_launch(prefix, "tracker", **topics, **settings, log_level="debug")["tracker_node"]
     wanted = {"__ns:=/left", "image:=/cam/image_raw", "image/compressed:=/cam/image_raw/compressed", "debug"}
     assert wanted | {"camera_info:=/cam/info"} <= set(tracker.arguments)
@@ -96,7 +97,10 @@ def test_tracker_with_arguments(prefix: Path) -> None:
         "use_sim_time": True,
         "autostart": False,
         "model": "2026",
-        "backend": "onnxruntime",
+        "backend": "auto",
+        "precision": "int8",
+        "build_engines": "auto",
+        "engine_key_file": "/etc/siamtrack/engine.key",
     }
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import logging
+import re
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ros2_siamtrack import image_input
 from siamtrack import Bundle
+from siamtrack.bundle import write_manifest
+from siamtrack.runners import EngineOptions
+from siamtrack.runners.onnxruntime import OnnxRuntimeRunner
 from tests.ros.conftest import ListeningTracker, Parameter, Rig, until
 
 
@@ -76,7 +84,10 @@ def test_destruction_while_active(make_rig: Callable[..., Rig]) -> None:
     [
         ({"model": "no_such_model"}, "no_such_model"),
         ({"model": "/nowhere/at/all"}, "/nowhere/at/all"),
-        ({"backend": "abacus"}, "backend must be one of"),
+        ({"backend": "abacus"}, "backend must be one of onnxruntime, tensorrt, auto, got 'abacus'"),
+        ({"precision": "fp8"}, "precision must be one of auto, fp32, fp16, int8, got 'fp8'"),
+        ({"build_engines": "always"}, "build_engines must be one of never, auto, got 'always'"),
+        ({"engine_key_file": "/no/key"}, "engine_key_file must be a file, or empty"),
         ({"image_transport": "telepathy"}, "image_transport must be one of raw, compressed, got 'telepathy'"),
         ({"processing": "some"}, "processing must be one of newest, every"),
     ],
@@ -89,6 +100,76 @@ def test_what_cannot_be_configured_is_told_and_the_node_lives(
     assert [level for level, text in rig.tracker.log.lines if why in text] == ["error"]
     assert tracker_threads() == [] and not rig.tracker._outputs.publishers
     assert go(rig, "configure") == "FAILURE unconfigured"  # and can be asked again
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that may have TensorRT, but no GPU."""
+    monkeypatch.setattr("siamtrack.gpu.gpu_info", lambda device=0: None)
+
+
+NO_TENSORRT = r"is not installed; install one|no NVIDIA GPU was found"
+
+
+def test_tensorrt_is_refused_where_it_cannot_run(make_rig: Callable[..., Rig], no_gpu: None) -> None:
+    rig = make_rig(start=False, backend="tensorrt")
+    assert go(rig, "configure") == "FAILURE unconfigured"
+    ((level, text),) = rig.tracker.log.lines
+    assert level == "error"
+    assert re.match(rf"cannot configure: .*({NO_TENSORRT})", text)
+    assert tracker_threads() == []
+
+
+def test_auto_warns_once_and_runs_on_onnx_runtime(make_rig: Callable[..., Rig], no_gpu: None) -> None:
+    rig = make_rig(backend="auto", precision="int8")
+    warnings = [text for level, text in rig.tracker.log.lines if "TensorRT" in text and level == "warning"]
+    assert len(warnings) == 1
+    assert re.match(rf"running on the CPU with ONNX Runtime, because .*({NO_TENSORRT})", warnings[0])
+    assert rig.tracker.log.count("configured: siamcan-mobilenetv2 on onnxruntime") == 1
+    rig.follow(0, 1)
+    rig.state("TRACKING")
+    rig.diagnosis(backend="onnxruntime", state="TRACKING")
+    assert len([text for _, text in rig.tracker.log.lines if "TensorRT" in text]) == 1
+    logging.getLogger("siamtrack.elsewhere").error("of another thread")
+    assert go(rig, "deactivate") == "SUCCESS inactive"
+    assert go(rig, "cleanup") == "SUCCESS unconfigured"
+    assert rig.tracker.log.count("of another thread") == 0
+    assert rig.tracker._log_bridge not in logging.getLogger("siamtrack").handlers
+
+
+def test_the_engine_parameters_reach_the_runner_and_its_facts_the_diagnostics(
+    make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, default_bundle: Bundle, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+    key = tmp_path / "engine.key"
+    key.write_bytes(b"k" * 32)
+
+    def open_runner(
+        bundle: Bundle, backend: str, threads: int, engines: EngineOptions, precision: str
+    ) -> OnnxRuntimeRunner:
+        asked.append((backend, engines, precision, threading.current_thread().name))
+        runner = OnnxRuntimeRunner(bundle, threads)
+        runner.facts = {"backend": "tensorrt", "precision": "int8", "binding": "pycuda 1"}
+        return runner
+
+    monkeypatch.setattr("ros2_siamtrack.tracker_node.open_runner", open_runner)
+    rig = make_rig(backend="tensorrt", precision="int8", build_engines="auto", engine_key_file=str(key))
+    assert asked == [("tensorrt", EngineOptions(key_file=key, build="auto"), "int8", "siamtrack")]
+    assert rig.tracker.log.count("configured: siamcan-mobilenetv2 on tensorrt, precision int8, binding pycuda 1") == 1
+    rig.show(0)
+    rig.diagnosis(backend="tensorrt", precision="int8", binding="pycuda 1")
+
+
+def test_the_precision_reaches_the_cpu(make_rig: Callable[..., Rig], tmp_path: Path, default_bundle: Bundle) -> None:
+    for graph in default_bundle.manifest.graphs.values():
+        shutil.copy(default_bundle.path / graph.file, tmp_path)
+    write_manifest(tmp_path, dataclasses.replace(default_bundle.manifest, int8={}))
+    rig = make_rig(start=False, model=str(tmp_path), precision="int8")
+    assert go(rig, "configure") == "FAILURE unconfigured"
+    assert rig.tracker.log.count("has no INT8 graphs; make them: siamtrack-export precision") == 1
+    rig = make_rig(model=str(tmp_path))
+    rig.show(0)
+    rig.diagnosis(backend="onnxruntime", precision="fp32 (the bundle has no INT8 graphs)")
 
 
 def test_a_damaged_model_is_told(make_rig: Callable[..., Rig], tmp_path: Path, default_bundle: Bundle) -> None:

@@ -106,6 +106,38 @@ def test_signals_end_it_cleanly_while_it_tracks(outside: Outside, number: int) -
         assert word not in outside.log(), outside.log()
 
 
+STOPPED_MID_SPIN = """
+import sys
+import rclpy
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from ros2_siamtrack.running import run_node
+
+def work(node):
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    if "stop" in sys.argv:
+        rclpy.shutdown()
+        executor.spin_once()
+        sys.exit("rclpy let it pass")
+    raise RuntimeError("a fault")
+
+sys.exit(run_node("stopped", lambda: Node("stopped"), work))
+"""
+
+
+def test_a_signal_between_two_steps_of_spinning_is_a_clean_end() -> None:
+    """rclpy raises its own error where the context ends after it looked; other errors remain errors."""
+
+    def ended(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", STOPPED_MID_SPIN, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+
+    stopped, broken = ended("stop"), ended()
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    assert broken.returncode == 1 and "RuntimeError: a fault" in broken.stderr
+
+
 def test_kill_9_leaves_nothing_that_hinders_the_next(outside: Outside, scene: list[SceneFrame], tmp_path: Path) -> None:
     process = outside.start()
     outside.track()
