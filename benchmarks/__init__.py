@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.peers import available_peers, create_peer
+from evaluation.tables import markdown_table as markdown_table
 from siamtrack import SiamTracker
 from siamtrack.benchmark import environment
-from siamtrack.bundle import shipped_models
+from siamtrack.bundle import load_bundle, shipped_models
 
 
 def tracker_factories(
@@ -23,7 +24,8 @@ def tracker_factories(
 ) -> dict[str, Callable[[], Any]]:
     """A maker for each tracker of a benchmark, by the name that tables call it.
 
-    Models are loaded here, once, so loading is in no measurement; their maker returns the same tracker every time.
+    Models are loaded here, once, so loading is in no measurement; their maker returns the same tracker every time. A
+    bundle with INT8 graphs beside its own is two trackers, the second called ``NAME-int8``.
 
     Args:
         models: names of shipped bundles or folders of bundles; None for all that are shipped.
@@ -38,7 +40,11 @@ def tracker_factories(
     """
     factories: dict[str, Callable[[], Any]] = {}
     for model in shipped_models() if models is None else models:
-        _add(factories, Path(model).resolve().name, _always(SiamTracker.from_pretrained(model, threads=threads)))
+        name, bundle = Path(model).resolve().name, load_bundle(model)
+        names = {bundle.manifest.precision: name, **({"int8": f"{name}-int8"} if bundle.int8_paths else {})}
+        for precision, title in names.items():
+            tracker = SiamTracker.from_pretrained(model, threads=threads, precision=precision)
+            _add(factories, title, _always(tracker))
     if peers is None:
         missing = [name for name in default_peers if name not in available_peers()]
         if missing:
@@ -70,15 +76,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], command_line: str) 
         writer.writeheader()
         for row in rows:
             writer.writerow({key: _field(value) for key, value in row.items()})
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], decimals: int = 3) -> str:
-    """A Markdown table; floats with `decimals` decimals, NaN as a dash, numbers right-aligned."""
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    for row in rows:
-        cells = [f"{cell:.{decimals}f}" if isinstance(cell, float) else str(cell) for cell in row]
-        lines.append("| " + " | ".join("-" if cell == "nan" else cell for cell in cells) + " |")
-    return "\n".join(lines)
 
 
 def _field(value: Any) -> Any:

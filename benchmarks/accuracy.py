@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy --data ../shared/data/dev --model NAME_OR_DIR --peers csrt kcf kcf-default static
 
 Writes ``accuracy.csv`` (a row for each tracker and sequence, and one called ``mean`` for each tracker) and
-``accuracy.md``. Metrics are those of `evaluation.ope`.
+``accuracy.md``. Metrics are those of `evaluation.metrics`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import command, markdown_table, tracker_factories, write_csv
-from evaluation.ope import STATES, Result, mean_row, run_ope, summarise
+from evaluation.layouts import read_sequences
+from evaluation.metrics import STATES, mean_row
+from evaluation.onepass import Result, run_ope, summarise
 from evaluation.peers import PEERS
 from evaluation.sequences import Sequence as ImageSequence
-from evaluation.sequences import read_frame, read_sequences
+from evaluation.sequences import read_frame
 from siamtrack.benchmark import environment
 from siamtrack.boxes import iou_xywh
 from siamtrack.bundle import load_bundle, shipped_models, write_manifest

@@ -20,6 +20,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from siamtrack.cpu import cpu_name
+
 Box = tuple[float, float, float, float]
 Image = NDArray[np.uint8]
 
@@ -27,7 +29,12 @@ PERCENTILES = (50, 95, 99)
 
 
 def measure(
-    tracker: Any, frames: Sequence[Image], init_box: Box, warmup: int = 10, iterations: int = 100
+    tracker: Any,
+    frames: Sequence[Image],
+    init_box: Box,
+    warmup: int = 10,
+    iterations: int = 100,
+    rate_hz: float = 0.0,
 ) -> dict[str, NDArray[np.float64]]:
     """Time `iterations` updates of a tracker.
 
@@ -40,6 +47,8 @@ def measure(
         init_box: the target in ``frames[0]``: x, y, w, h in image pixels.
         warmup: updates played first and not timed, at least 0.
         iterations: updates timed, at least 1.
+        rate_hz: give frames at a camera's pace, with pauses in which caches cool and threads fall asleep; 0 gives the
+            next frame as soon as one is done.
 
     Returns:
         Milliseconds, one array ``[iterations]`` a stage: ``total`` around `update`; for a tracker that tells its stages
@@ -50,13 +59,19 @@ def measure(
     """
     if not frames:
         raise ValueError("no frames to measure on; expected at least one image")
-    if warmup < 0 or iterations < 1:
-        raise ValueError(f"expected warmup >= 0 and iterations >= 1, got warmup={warmup}, iterations={iterations}")
+    if warmup < 0 or iterations < 1 or not rate_hz >= 0:
+        raise ValueError(
+            "expected warmup >= 0, iterations >= 1 and rate_hz >= 0, "
+            f"got warmup={warmup}, iterations={iterations}, rate_hz={rate_hz}"
+        )
     order = [*range(len(frames)), *range(len(frames) - 2, 0, -1)]
     runner = getattr(tracker, "runner", None)
     tracker.init(frames[0], init_box)
     stages: dict[str, list[float]] = {"total": []}
+    start = time.perf_counter()
     for turn in range(warmup + iterations):
+        if rate_hz > 0:
+            time.sleep(max(start + turn / rate_hz - time.perf_counter(), 0))
         frame = frames[order[(turn + 1) % len(order)]]
         began = time.perf_counter()
         tracker.update(frame)
@@ -125,21 +140,10 @@ def environment() -> dict[str, str]:
     # The CPUs this process may use, which in a container are often fewer than the machine has.
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": str(usable),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "cv2": cv2.__version__,
         "onnxruntime": onnxruntime,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as info:
-            for line in info:
-                if line.lower().startswith(("model name", "hardware")):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

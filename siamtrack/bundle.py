@@ -2,16 +2,26 @@
 
 ``manifest.json`` is the one place where training and tracking meet. Every graph speaks the same contract:
 
-* ``template``: ``image`` uint8 ``[1, T, T, 3]`` BGR -> template tensors, opaque to the host;
+* ``template``: ``image`` uint8 ``[1, T, T, 3]`` BGR -> template tensors, opaque to the host; one of them, ``feature``,
+  for a model whose template is renewed while tracking;
+* ``update``, of such a model alone: three such features, ``first``, ``history`` and ``current`` -> template tensors.
+  ``first`` is of the first frame, ``history`` the first output of the update before; the track starts with three times
+  the same feature. The first output is the next history; search takes those outputs that its inputs name;
 * ``search``: ``image`` uint8 ``[N, S, S, 3]`` BGR, the template tensors ``[N, ...]``, ``prev_size`` f32 ``[N, 2]``
   (w, h in crop pixels), ``tuning`` f32 ``[3]`` (penalty_k, window_influence, spare) -> ``box`` f32 ``[N, 4]`` (cx, cy,
   w, h in crop pixels), ``score`` f32 ``[N]`` in [0, 1], ``penalty`` f32 ``[N]``, ``response`` f32 ``[N, H, W]``.
+
+Beside an FP32 graph there may lie an INT8 form of it, with the same inputs and outputs, for CPUs that gain by it. All
+else is made from the FP32 graphs and held against their hashes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,10 +29,15 @@ from siamtrack.plain import from_plain, to_plain
 from siamtrack.state import Thresholds
 
 SCHEMA_VERSION = 1
+PRECISIONS = ("fp32", "fp16", "int8")
 SEARCH_OUTPUTS = ("box", "score", "penalty", "response")
+FEATURE = "feature"
+UPDATE_INPUTS = ("first", "history", "current")
 MANIFEST_NAME = "manifest.json"
 MODELS_DIR = Path(__file__).parent / "models"
 DEFAULT_MODEL = "siamcan-mobilenetv2"
+
+logger = logging.getLogger(__name__)
 
 
 class BundleError(ValueError):
@@ -46,6 +61,21 @@ class GraphSpec:
     sha256: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Int8Graph:
+    """The INT8 form of a graph; its inputs and outputs are those of the FP32 graph.
+
+    Attributes:
+        file: plain name inside the bundle.
+        sha256: of the file.
+        source_sha256: of the FP32 graph it was made from. Where the bundle has another one now, this one is stale.
+    """
+
+    file: str
+    sha256: str
+    source_sha256: str
 
 
 @dataclass(frozen=True)
@@ -110,6 +140,25 @@ class TrackingSpec:
 
 
 @dataclass(frozen=True)
+class UpdateSpec:
+    """When a model with an update graph renews its template (DASTSiam, SiamFC+ST).
+
+    Attributes:
+        min_score: only after a frame whose raw score is above this, 0..1; 1 keeps the first template for ever.
+        interval: at least so many frames from one try to the next; 1 allows every frame.
+    """
+
+    min_score: float
+    interval: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_score <= 1:
+            raise ValueError(f"min_score must be in [0, 1], got {self.min_score}")
+        if self.interval < 1:
+            raise ValueError(f"interval must be at least 1 frame, got {self.interval}")
+
+
+@dataclass(frozen=True)
 class ScoreSpec:
     """What the score means and where it was cut; `calibration` says on which data and how."""
 
@@ -131,7 +180,9 @@ class Manifest:
         score: meaning and thresholds of the score.
         licence: of the weights.
         tracking: tracking parameters.
-        precision: "fp32", "fp16" or "int8".
+        update: when the template is renewed; there exactly if there is an update graph.
+        precision: of `graphs`, one of `PRECISIONS`.
+        int8: INT8 forms of some of an FP32 bundle's graphs, by the graph's name.
         provenance: text facts: checkpoint hash, git commit, data, command.
         accuracy: measured figures by name.
     """
@@ -144,9 +195,16 @@ class Manifest:
     score: ScoreSpec
     licence: str
     tracking: TrackingSpec = TrackingSpec()
+    update: UpdateSpec | None = None
     precision: str = "fp32"
+    int8: dict[str, Int8Graph] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def template_tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that search takes from the update graph, or where there is none from template."""
+        return tuple(spec.name for spec in self.graphs["search"].inputs[1:-2])
 
 
 @dataclass(frozen=True)
@@ -160,13 +218,27 @@ class Bundle:
         """File of a graph."""
         return self.path / self.manifest.graphs[name].file
 
+    @property
+    def int8_paths(self) -> dict[str, Path]:
+        """Files of the INT8 graphs that can be used, by graph: those made from the FP32 graph that is there now."""
+        graphs = self.manifest.graphs
+        return {n: self.path / g.file for n, g in self.manifest.int8.items() if g.source_sha256 == graphs[n].sha256}
+
+    @property
+    def int8_command(self) -> str:
+        """Shell command that makes the INT8 graphs."""
+        return shlex.join(["siamtrack-export", "precision", str(self.path.resolve()), "--precision", "int8", "--add"])
+
     def size_bytes(self) -> int:
-        """Size of all graph files."""
-        return sum(self.graph_path(name).stat().st_size for name in self.manifest.graphs)
+        """Size of all graph files that can be used."""
+        paths = [*map(self.graph_path, self.manifest.graphs), *self.int8_paths.values()]
+        return sum(path.stat().st_size for path in paths)
 
 
 def load_bundle(name_or_dir: str | Path | None = None) -> Bundle:
     """Find, read and verify a bundle.
+
+    INT8 graphs that were made from other FP32 graphs than the bundle has now are passed over, with a warning.
 
     Args:
         name_or_dir: a shipped model's name, a bundle folder, or None for the default model.
@@ -177,23 +249,23 @@ def load_bundle(name_or_dir: str | Path | None = None) -> Bundle:
     path = _find(name_or_dir)
     manifest = _read_manifest(path)
     _check_contract(path, manifest)
+    bundle = Bundle(path, manifest)
     for graph in manifest.graphs.values():
-        if Path(graph.file).name != graph.file:
-            raise BundleError(f"{path}: graph file {graph.file!r} is not a plain file name inside the bundle")
-        if not (path / graph.file).is_file():
-            raise BundleError(f"{path}: {graph.file} is missing; copy the whole bundle folder, or export it again")
-        actual = sha256(path / graph.file)
-        if actual != graph.sha256:
-            raise BundleError(
-                f"{path}: {graph.file} is damaged or was changed: SHA-256 is {actual[:12]}..., the manifest says "
-                f"{graph.sha256[:12]}...; copy it anew, or export the model again"
-            )
-    return Bundle(path, manifest)
+        _check_file(path, graph)
+    for name, int8 in manifest.int8.items():
+        if name in bundle.int8_paths:
+            _check_file(path, int8)
+        else:
+            stale = f"the INT8 {name} graph was made from another {name} graph than is here now, and is not used"
+            logger.warning("%s: %s; make it anew: %s", path, stale, bundle.int8_command)
+    return bundle
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json`` into a bundle folder."""
-    (path / MANIFEST_NAME).write_text(json.dumps(to_plain(manifest), indent=2) + "\n")
+    """Write ``manifest.json`` into a bundle folder; who reads meanwhile gets the old one or the new one, whole."""
+    scratch = path / f".{MANIFEST_NAME}.{os.getpid()}"
+    scratch.write_text(json.dumps(to_plain(manifest), indent=2) + "\n")
+    scratch.replace(path / MANIFEST_NAME)
 
 
 def shipped_models() -> list[str]:
@@ -210,22 +282,62 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _check_file(path: Path, graph: GraphSpec | Int8Graph) -> None:
+    """A graph's file is there, and is what the manifest says."""
+    if Path(graph.file).name != graph.file:
+        raise BundleError(f"{path}: graph file {graph.file!r} is not a plain file name inside the bundle")
+    if not (path / graph.file).is_file():
+        raise BundleError(f"{path}: {graph.file} is missing; copy the whole bundle folder, or export it again")
+    actual = sha256(path / graph.file)
+    if actual != graph.sha256:
+        raise BundleError(
+            f"{path}: {graph.file} is damaged or was changed: SHA-256 is {actual[:12]}..., the manifest says "
+            f"{graph.sha256[:12]}...; copy it anew, or export the model again"
+        )
+
+
 def _check_contract(path: Path, manifest: Manifest) -> None:
-    """Graphs must be there, take crops of the manifest's sizes, and be chained by the template tensors' names."""
+    """Graphs must be there, take crops of the manifest's sizes, and be chained by their tensors' names."""
     for name in ("template", "search"):
         if name not in manifest.graphs:
             raise BundleError(f"{path}: no {name} graph; export the model again")
+    if ("update" in manifest.graphs) != (manifest.update is not None):
+        problem = "an update graph without" if manifest.update is None else "no update graph for the"
+        raise BundleError(f"{path}: there is {problem} update parameters; export the model again")
+    if manifest.int8 and (manifest.precision != "fp32" or not manifest.int8.keys() <= manifest.graphs.keys()):
+        raise BundleError(
+            f"{path}: INT8 graphs {sorted(manifest.int8)} beside {manifest.precision} graphs "
+            f"{sorted(manifest.graphs)}; each belongs beside an FP32 graph of its name; export the model again"
+        )
     template, search = manifest.graphs["template"], manifest.graphs["search"]
-    tensors = tuple(spec.name for spec in template.outputs)
+    tensors = _names(template.outputs)
     t, s = manifest.crop.template_px, manifest.crop.search_px
-    for what, actual, expected in (
+    checks: list[tuple[str, object, object]] = [
         ("template inputs", [(i.name, i.shape[1:]) for i in template.inputs], [("image", (t, t, 3))]),
         ("search image", [i.shape[1:] for i in search.inputs if i.name == "image"], [(s, s, 3)]),
-        ("search inputs", tuple(i.name for i in search.inputs), ("image", *tensors, "prev_size", "tuning")),
-        ("search outputs", tuple(o.name for o in search.outputs), SEARCH_OUTPUTS),
-    ):
+    ]
+    if "update" in manifest.graphs:
+        update = manifest.graphs["update"]
+        feature = [(o.dtype, o.shape) for o in template.outputs[:1]]
+        wanted = [(name, *kind) for name in UPDATE_INPUTS for kind in feature]
+        checks += [
+            ("template outputs before an update graph", tensors, (FEATURE,)),
+            ("update inputs", [(i.name, i.dtype, i.shape) for i in update.inputs], wanted),
+            ("first update output", [(o.dtype, o.shape) for o in update.outputs[:1]], feature),
+        ]
+        taken = set(_names(search.inputs))  # search may leave out what the next update alone needs
+        tensors = tuple(name for name in _names(update.outputs) if name in taken)
+    checks += [
+        ("search inputs", _names(search.inputs), ("image", *tensors, "prev_size", "tuning")),
+        ("search outputs", _names(search.outputs), SEARCH_OUTPUTS),
+    ]
+    for what, actual, expected in checks:
         if actual != expected:
             raise BundleError(f"{path}: {what} are {actual}, expected {expected}; export the model again")
+
+
+def _names(specs: tuple[TensorSpec, ...]) -> tuple[str, ...]:
+    return tuple(spec.name for spec in specs)
 
 
 def _find(name_or_dir: str | Path | None) -> Path:

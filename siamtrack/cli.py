@@ -1,9 +1,10 @@
-"""The ``siamtrack`` command: track, demo, bench, doctor, models."""
+"""The ``siamtrack`` command: track, demo, bench, doctor, models, import-checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import sys
 import time
 from collections import Counter, deque
@@ -22,7 +23,10 @@ from siamtrack.bundle import DEFAULT_MODEL, load_bundle, shipped_models
 from siamtrack.crop import Image
 from siamtrack.demo import run_demo
 from siamtrack.drawing import VideoWriter, contact_sheet, draw_track
-from siamtrack.runners import BACKENDS
+from siamtrack.engine_files import DEFAULT_PRECISION
+from siamtrack.engines import BUILD_POLICIES
+from siamtrack.runners import BACKENDS, PRECISION_CHOICES, EngineOptions, cpu_precision, facts_of
+from siamtrack.runners.cuda.device import CudaError
 from siamtrack.scene import Scene
 from siamtrack.sources import FrameSource, open_source
 from siamtrack.tracker import SiamTracker
@@ -38,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CudaError) as error:
         print(f"siamtrack: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -69,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="latency a stage and memory on this machine")
     bench.add_argument("--size", type=_size, default=(1280, 720), metavar="WxH", help="image size (default 1280x720)")
     bench.add_argument("--iterations", type=_count, default=300, help="frames timed (default 300)")
+    bench.add_argument(
+        "--rate", type=float, default=0.0, metavar="HZ", help="give frames at a camera's pace (default: at once)"
+    )
     _model_options(bench)
     bench.set_defaults(run=_bench)
 
@@ -77,6 +84,20 @@ def _parser() -> argparse.ArgumentParser:
 
     models = commands.add_parser("models", help="the models that come with the package")
     models.set_defaults(run=_models)
+
+    public = commands.add_parser("import-checkpoint", help="a public tracker's or backbone's weights as a checkpoint")
+    public.add_argument("file", type=Path, help="weights as published: docs/checkpoints.md says where they are")
+    public.add_argument("--model", required=True, help="our model, such as siamban-r50")
+    public.add_argument("--out", type=Path, required=True, metavar="C.pth", help="checkpoint to write")
+    public.add_argument(
+        "--config",
+        type=_field,
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the model's configuration, in place of what the file asks for",
+    )
+    public.set_defaults(run=_import_checkpoint)
     return parser
 
 
@@ -91,12 +112,31 @@ def demo_options(parser: argparse.ArgumentParser) -> None:
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help=f"shipped model or bundle folder (default {DEFAULT_MODEL})")
-    parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="what runs the graphs")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default=BACKENDS[0], help="what runs the graphs; auto: tensorrt where it can"
+    )
     parser.add_argument("--threads", type=_count, default=0, help="CPU threads (default: the cores, up to 4)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISION_CHOICES,
+        default=PRECISION_CHOICES[0],
+        help=f"auto (default): {DEFAULT_PRECISION} with tensorrt; with onnxruntime int8 where bundle and CPU have it, "
+        "else fp32",
+    )
+    parser.add_argument(
+        "--build-engines",
+        choices=BUILD_POLICIES,
+        default="never",
+        help="auto: build missing or unfit engines at once, which takes minutes (default: say how to build them)",
+    )
+    parser.add_argument(
+        "--engine-key", type=Path, metavar="FILE", help="load only engines signed with this key (default: unsigned too)"
+    )
 
 
 def _open_tracker(options: argparse.Namespace) -> SiamTracker:
-    return SiamTracker.from_pretrained(options.model, options.backend, options.threads)
+    engines = EngineOptions(key_file=options.engine_key, build=options.build_engines)
+    return SiamTracker.from_pretrained(options.model, options.backend, options.threads, engines, options.precision)
 
 
 def _track(options: argparse.Namespace) -> int:
@@ -234,28 +274,57 @@ def _bench(options: argparse.Namespace) -> int:
         memory_mib = resident_memory_mib()  # before the scene is painted: what a tracking process needs
         # A stretch of the scene in which the target is in plain sight, so that the usual path is timed.
         frames = [Scene(width, height).render(i) for i in range(60)]
-        times = measure(tracker, [f.image for f in frames], frames[0].box_xywh, iterations=options.iterations)
+        times = measure(
+            tracker,
+            [f.image for f in frames],
+            frames[0].box_xywh,
+            iterations=options.iterations,
+            rate_hz=options.rate,
+        )
         model = tracker.runner.bundle.manifest.model
+        facts = {**facts_of(tracker.runner), **environment()}
     finally:
         tracker.close()
-    facts = environment()
-    print(f"{model}, {options.backend}, {width}x{height}, " + ", ".join(f"{k} {v}" for k, v in facts.items()))
+    backend = facts.pop("backend")
+    print(f"{model}, {backend}, {width}x{height}, " + ", ".join(f"{k} {v}" for k, v in facts.items()))
     print(format_table(times))
     print(f"resident memory {memory_mib:.0f} MiB")
     return 0
 
 
 def _models(_: argparse.Namespace) -> int:
-    print(f"{'model':<24}{'MB':>6}  {'precision':<10}{'dev AUC':>8}{'  ms (CPU)':>10}  licence")
-    for name in shipped_models():
-        bundle = load_bundle(name)
+    bundles = {name: load_bundle(name) for name in shipped_models()}
+    runs = {name: str(cpu_precision(bundle)) for name, bundle in bundles.items()}
+    wide = max(map(len, runs.values()), default=0)
+    print(f"{'model':<24}{'MB':>6}  {'on this CPU':<{wide}}{'dev AUC':>9}{'ms (CPU)':>10}  licence")
+    for name, bundle in bundles.items():
         manifest = bundle.manifest
         auc, ms = (manifest.accuracy.get(key, float("nan")) for key in ("dev_success_auc", "update_ms_median"))
         default = " (default)" if name == DEFAULT_MODEL else ""
         size = bundle.size_bytes() / 1e6
-        print(f"{name:<24}{size:>6.1f}  {manifest.precision:<10}{auc:>8.3f}{ms:>10.1f}  {manifest.licence}{default}")
+        print(f"{name:<24}{size:>6.1f}  {runs[name]:<{wide}}{auc:>9.3f}{ms:>10.1f}  {manifest.licence}{default}")
     print("AUC and time were measured once, as the model card beside each model says; `siamtrack bench` measures here.")
     return 0
+
+
+def _import_checkpoint(options: argparse.Namespace) -> int:
+    try:
+        from siamtrack.nets.importing import import_checkpoint
+    except ImportError as error:
+        raise ValueError(f"importing weights needs PyTorch: pip install 'siamtrack[export]' ({error})") from error
+    print(import_checkpoint(options.file, options.model, options.out, dict(options.config)))
+    print(f"wrote {options.out}")
+    return 0
+
+
+def _field(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise argparse.ArgumentTypeError(f"expected FIELD=VALUE such as origin_px=31, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _box(text: str) -> tuple[float, ...]:

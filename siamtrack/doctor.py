@@ -9,11 +9,20 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from siamtrack.bundle import BundleError, load_bundle, shipped_models
+from siamtrack.bundle import Bundle, BundleError, load_bundle, shipped_models
+from siamtrack.cpu import cpu_name, dot_products_here
+from siamtrack.engine_files import engine_folders, read_engines
+from siamtrack.engines import why_unfit
+from siamtrack.gpu import FLAVOURS, EngineError, RuntimeInfo, runtime_info
+from siamtrack.runners import cpu_precision
 from siamtrack.version import __version__
+
+CUDA_REMEDY = "pip install cuda-python (tells which GPU is here, and runs engines on it)"
 
 
 @dataclass(frozen=True)
@@ -45,15 +54,18 @@ def print_report() -> int:
 
 
 def examine() -> list[Finding]:
-    """Look at interpreter, runtime packages, models, GPU, TensorRT and ROS."""
+    """Look at interpreter, runtime packages, CPU, models, GPU, TensorRT and ROS."""
     return [
         Finding("siamtrack", True, f"{__version__}, Python {platform.python_version()}, {platform.machine()}"),
         _package("numpy", "numpy", "pip install numpy", needed=True),
         _opencv(),
         _package("onnxruntime", "onnxruntime", "pip install onnxruntime", needed=True),
+        _cpu(),
         _models(),
         _gpu(),
-        _tensorrt(),
+        *_tensorrt(),
+        _package("cuda-python", "cuda-python", CUDA_REMEDY, module="cuda"),
+        *_engines(),
         _package("pycuda", "pycuda", "pip install 'siamtrack[tensorrt]' (needs an NVIDIA driver)"),
         _package("torch", "torch", "pip install 'siamtrack[train]' (only to train and export)"),
         _package("onnx", "onnx", "pip install 'siamtrack[export]' (only to export)"),
@@ -63,10 +75,10 @@ def examine() -> list[Finding]:
     ]
 
 
-def _package(module: str, distribution: str, remedy: str, needed: bool = False) -> Finding:
-    if importlib.util.find_spec(module) is None:
-        return Finding(module, False if needed else None, "not installed", remedy)
-    return Finding(module, True, _version(distribution))
+def _package(name: str, distribution: str, remedy: str, needed: bool = False, module: str = "") -> Finding:
+    if importlib.util.find_spec(module or name) is None:
+        return Finding(name, False if needed else None, "not installed", remedy)
+    return Finding(name, True, _version(distribution))
 
 
 def _version(distribution: str) -> str:
@@ -92,16 +104,20 @@ def _split(line: str) -> tuple[str, str, str]:
     return line.partition(":")
 
 
+def _cpu() -> Finding:
+    fast = dot_products_here()
+    return Finding("cpu", True, f"{cpu_name()}, {fast or 'no dot products of bytes, so that INT8 gains nothing'}")
+
+
 def _models() -> Finding:
     names = shipped_models()
     try:
-        for name in names:
-            load_bundle(name)
+        found = [f"{name}: {cpu_precision(load_bundle(name))}" for name in names]
     except BundleError as error:
         return Finding("models", False, str(error), "reinstall: pip install --force-reinstall siamtrack")
     if not names:
         return Finding("models", False, "none in the package", "reinstall: pip install --force-reinstall siamtrack")
-    return Finding("models", True, ", ".join(names))
+    return Finding("models", True, ", ".join(found))
 
 
 def _gpu() -> Finding:
@@ -118,12 +134,57 @@ def _gpu() -> Finding:
     return Finding("gpu", True, "; ".join(run.stdout.strip().splitlines()))
 
 
-def _tensorrt() -> Finding:
-    for module, distribution in (("tensorrt", "tensorrt"), ("tensorrt_rtx", "tensorrt-rtx-cu13")):
-        if importlib.util.find_spec(module) is not None:
-            return Finding("tensorrt", True, f"{module} {_version(distribution)}")
-    remedy = "pip install 'siamtrack[tensorrt]' (data centre, Jetson) or 'siamtrack[tensorrt-rtx]' (RTX cards)"
-    return Finding("tensorrt", None, "not installed", remedy)
+def _tensorrt() -> list[Finding]:
+    """Each flavour that is installed; one line saying so where none is."""
+    findings = []
+    for flavour, module in FLAVOURS.items():
+        if importlib.util.find_spec(module) is None:
+            continue
+        try:
+            runtime = runtime_info(flavour)
+        except EngineError as error:
+            findings.append(Finding(flavour, None, str(error), f"pip install --force-reinstall 'siamtrack[{flavour}]'"))
+            continue
+        gpu = runtime.gpu
+        where = f"{gpu.name}, compute capability {gpu.compute_capability}" if gpu else "no GPU to run on found"
+        findings.append(Finding(flavour, True, f"{runtime.version}, {where}"))
+    if findings:
+        return findings
+    remedy = "pip install 'siamtrack[tensorrt]' (data centre), 'siamtrack[tensorrt-rtx]' (RTX cards); Jetson: JetPack"
+    return [Finding("tensorrt", None, "not installed", remedy)]
+
+
+def _engines() -> list[Finding]:
+    """Each engine folder of the shipped bundles, and whether it can run here."""
+    runtimes = {}
+    for flavour in FLAVOURS:
+        with suppress(EngineError):
+            runtimes[flavour] = runtime_info(flavour)
+    findings = []
+    for name in shipped_models():
+        with suppress(BundleError):
+            bundle = load_bundle(name)
+            findings += [_engine(bundle, folder, runtimes) for folder in engine_folders(bundle)]
+    return findings
+
+
+def _engine(bundle: Bundle, folder: Path, runtimes: Mapping[str, RuntimeInfo]) -> Finding:
+    title = f"{bundle.manifest.model}: {folder.name}"
+    rebuild = f"siamtrack-export engine {bundle.manifest.model}"
+    try:
+        manifest = read_engines(folder, bundle).manifest
+    except EngineError as error:
+        return Finding("engine", None, f"{title}: {error}", f"{rebuild}, or remove {folder}")
+    rebuild += f" --precision {manifest.precision}"
+    runtime = runtimes.get(manifest.flavour)
+    if runtime is None:
+        return Finding("engine", None, f"{title}: {manifest.flavour} is not installed", rebuild)
+    reason = why_unfit(manifest, runtime, manifest.precision)
+    if reason:
+        return Finding("engine", None, f"{title}: {reason}", rebuild)
+    if runtime.gpu is None:
+        return Finding("engine", None, f"{title}: sound, but there is no GPU to run it on")
+    return Finding("engine", True, f"{title}: usable, up to {manifest.batches[-1]} windows")
 
 
 def _ros() -> Finding:

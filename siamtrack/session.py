@@ -164,8 +164,13 @@ class Session:
 
     def reset(self, reason: str = "") -> Report:
         """Forget the target and any waiting box."""
+        self._pending = None
+        return self._forget(reason)
+
+    def _forget(self, reason: str) -> Report:
+        """Forget the target only."""
         self.tracker.reset()
-        self._pending, self._target_id, self._reason, self._behind = None, "", reason, 0
+        self._target_id, self._reason, self._behind = "", reason, 0
         return Report(None, None, State.IDLE, reason)
 
     def lose(self, reason: str) -> Report | None:
@@ -256,7 +261,7 @@ class Session:
             try:
                 track = self.tracker.update(image)
             except ValueError as error:
-                self.reset(str(error))
+                self._forget(str(error))  # a box that waits for a coming frame may fit that one
                 return Report(frame, None, State.IDLE, self._reason, "", str(error))
         state = self.tracker.state
         if track is not None and state is not State.LOST:

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siamtrack.boxes import clip_xywh, cxcywh_to_xywh, xywh_to_cxcywh
-from siamtrack.bundle import TrackingSpec, load_bundle
+from siamtrack.bundle import TrackingSpec, UpdateSpec, load_bundle
 from siamtrack.crop import Image, Window, context_size, mean_bgr, square_window
 from siamtrack.lost import search_windows
-from siamtrack.runners import Features, Runner, open_runner
+from siamtrack.runners import EngineOptions, Features, Runner, open_runner
 from siamtrack.state import State, Status, advance
 
 Box = tuple[float, float, float, float]
@@ -50,6 +50,7 @@ class _Target:
     min_size_px: float
     velocity: tuple[float, float] = (0.0, 0.0)  # of the centre, image pixels a frame
     frame: int = 0
+    renewed: int = 0  # frame of the last try to renew the template
     hunt: Iterator[Window] | None = None  # further windows to search while LOST
 
 
@@ -62,20 +63,38 @@ class SiamTracker:
     track = tracker.update(next_frame_bgr)
     ```
 
+    A model with an update graph (DASTSiam, SiamFC+ST) renews its template after frames in which the target was seen
+    well; such an `update` takes longer by about an `init`. See `siamtrack.bundle.UpdateSpec`.
+
     Args:
         runner: owns the model; closed with the tracker.
         tracking: replaces the manifest's tracking parameters.
+        template_update: replaces the manifest's parameters of the template update.
+
+    Raises:
+        ValueError: `template_update` for a model without an update graph.
     """
 
-    def __init__(self, runner: Runner, tracking: TrackingSpec | None = None) -> None:
+    def __init__(
+        self, runner: Runner, tracking: TrackingSpec | None = None, template_update: UpdateSpec | None = None
+    ) -> None:
+        manifest = runner.bundle.manifest
+        if template_update is not None and manifest.update is None:
+            raise ValueError(f"{manifest.model} has no update graph, so there is nothing for template_update to set")
         self.runner = runner
-        self.tracking = tracking or runner.bundle.manifest.tracking
-        self._thresholds = runner.bundle.manifest.score.thresholds
+        self.tracking = tracking or manifest.tracking
+        self.template_update = template_update or manifest.update
+        self._thresholds = manifest.score.thresholds
         self._target: _Target | None = None
 
     @classmethod
     def from_pretrained(
-        cls, name_or_dir: str | Path | None = None, backend: str = "onnxruntime", threads: int = 0
+        cls,
+        name_or_dir: str | Path | None = None,
+        backend: str = "onnxruntime",
+        threads: int = 0,
+        engines: EngineOptions | None = None,
+        precision: str = "auto",
     ) -> SiamTracker:
         """A tracker of a shipped model or a bundle folder; the default model when nothing is named.
 
@@ -83,12 +102,16 @@ class SiamTracker:
             name_or_dir: see `siamtrack.bundle.load_bundle`.
             backend: see `siamtrack.runners.BACKENDS`.
             threads: CPU threads, 0 for the available cores up to 4.
+            engines: for "tensorrt" and "auto": which engines may be loaded. The thread that calls is the only one that
+                may then use the tracker.
+            precision: see `siamtrack.runners.PRECISION_CHOICES`.
 
         Raises:
-            BundleError: the bundle is missing or damaged.
-            ValueError: no such backend.
+            BundleError: the bundle is missing or damaged, its engines cannot be used, or it has no such precision.
+            ValueError: no such backend or precision.
+            RuntimeError: CUDA cannot be used, or there is not enough GPU memory.
         """
-        return cls(open_runner(load_bundle(name_or_dir), backend, threads))
+        return cls(open_runner(load_bundle(name_or_dir), backend, threads, engines, precision))
 
     @property
     def state(self) -> State:
@@ -108,11 +131,8 @@ class SiamTracker:
         check_frame(frame_bgr)
         height, width = frame_bgr.shape[:2]
         box = _cxcywh(check_box(box_xywh, width, height))
-        cx, cy, w, h = box
-        crop_spec = self.runner.bundle.manifest.crop
-        window = square_window(cx, cy, context_size(w, h, crop_spec.context))
-        features = self.runner.template(frame_bgr, window, mean_bgr(frame_bgr))
-        min_size = min(self.tracking.min_size_px, w, h)
+        features = self.runner.template(frame_bgr, self._template_window(box), mean_bgr(frame_bgr))
+        min_size = min(self.tracking.min_size_px, *box[2:])
         self._target = _Target(box, box, features, Status(State.TRACKING), (height, width), min_size)
         return self._track(self._target, 1.0)
 
@@ -121,6 +141,9 @@ class SiamTracker:
 
         Args:
             frame_bgr: uint8 ``[H, W, 3]``, of the same size as the frame given to `init`.
+
+        An error of the backend is passed on and the track goes on with the next frame: from the frame before when the
+        search failed, from this frame with the old template when renewing that failed.
 
         Raises:
             RuntimeError: there is no target yet.
@@ -149,6 +172,12 @@ class SiamTracker:
             rate = float(result.penalty[best]) * score * self.tracking.size_rate
             found = _box(windows[best].to_image(_box(result.box_cxcywh[best]), search_px))
         self._target = self._follow(replace(target, frame=target.frame + 1), found, score, rate)
+        if self._may_renew(self._target, found, score):
+            # A try counts, whatever comes of it: a model that cannot renew must not cost as much every frame.
+            self._target = replace(self._target, renewed=self._target.frame)
+            window = self._template_window(self._target.box_cxcywh)
+            features = self.runner.update(frame_bgr, window, self._target.features)
+            self._target = replace(self._target, features=features)
         return self._track(self._target, score)
 
     def mark_lost(self) -> None:
@@ -195,6 +224,22 @@ class SiamTracker:
         """Weak frames before a loss may have led astray: fall back to where the target was last believed."""
         box = target.believed_cxcywh
         return replace(target, status=Status(State.LOST), box_cxcywh=box, hunt=self._hunt(box, target.frame_size))
+
+    def _may_renew(self, target: _Target, found: Box, score: float) -> bool:
+        """Was the target seen well enough to learn from (DASTSiam section 2.3, erratum D13; D14 for SiamFC+ST)?
+
+        Only in state TRACKING, above the score, not too often, and when the box found has its centre in the image.
+        """
+        spec = self.template_update
+        if spec is None or target.status.state is not State.TRACKING or not score > spec.min_score:
+            return False
+        height, width = target.frame_size
+        valid = 0 <= found[0] <= width and 0 <= found[1] <= height and found[2] > 0 and found[3] > 0
+        return valid and target.frame - target.renewed >= spec.interval
+
+    def _template_window(self, box_cxcywh: Box) -> Window:
+        cx, cy, w, h = box_cxcywh
+        return square_window(cx, cy, context_size(w, h, self.runner.bundle.manifest.crop.context))
 
     def _window(self, box_cxcywh: Box) -> Window:
         cx, cy, w, h = box_cxcywh

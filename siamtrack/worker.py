@@ -7,6 +7,7 @@ GPU context a runner may hold, never leaves this thread.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -140,6 +141,7 @@ class Worker:
     def _run(self) -> None:
         try:
             with contextlib.closing(self._open_tracker()) as tracker:
+                _keep_off(tracker.runner.helper_cores)
                 _warm_up(tracker)
                 self._opened.set()
                 self._serve(Session(tracker, self.ring))
@@ -173,6 +175,12 @@ class Worker:
                 return lambda session: None
             self.handled += 1
             return lambda session: session.handle(frame)
+
+
+def _keep_off(cores: frozenset[int]) -> None:
+    """Bind this thread to the other cores it may use, if there are any."""
+    if cores and (others := os.sched_getaffinity(0) - cores):
+        os.sched_setaffinity(0, others)
 
 
 def _warm_up(tracker: SiamTracker) -> None:

@@ -13,16 +13,19 @@ import pytest
 from siamtrack.bundle import (
     DEFAULT_MODEL,
     MANIFEST_NAME,
+    PRECISIONS,
     SEARCH_OUTPUTS,
     Bundle,
     BundleError,
     CropSpec,
     GraphSpec,
     GridSpec,
+    Int8Graph,
     Manifest,
     ScoreSpec,
     TensorSpec,
     TrackingSpec,
+    UpdateSpec,
     load_bundle,
     sha256,
     shipped_models,
@@ -55,6 +58,39 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
+def adaptive(folder: Path) -> None:
+    """Turn the bundle into one of a model that renews its template."""
+    (folder / "update.onnx").write_bytes(b"graph of update")
+    shape = [1, 96, 7, 7]
+
+    def change(m: dict[str, Any]) -> None:
+        def tensor(name: str) -> dict[str, Any]:
+            return {"name": name, "dtype": "float32", "shape": shape}
+
+        m["graphs"]["template"]["outputs"] = [tensor("feature")]
+        m["graphs"]["update"] = {
+            "file": "update.onnx",
+            "sha256": sha256(folder / "update.onnx"),
+            "inputs": [tensor(name) for name in ("first", "history", "current")],
+            "outputs": [tensor("fused"), tensor("kernel")],
+        }
+        m["update"] = {"min_score": 0.59}
+
+    edit(folder, change)
+
+
+def add_int8(folder: Path, name: str = "search", **changes: str) -> None:
+    """Put an INT8 graph beside the FP32 graph of its name; `changes` are of its entry."""
+    (folder / f"{name}.int8.onnx").write_bytes(f"INT8 graph of {name}".encode())
+    entry = {"file": f"{name}.int8.onnx", "sha256": sha256(folder / f"{name}.int8.onnx")}
+
+    def change(m: dict[str, Any]) -> None:
+        source = m["graphs"].get(name, {}).get("sha256", "")
+        m.setdefault("int8", {})[name] = {**entry, "source_sha256": source, **changes}
+
+    edit(folder, change)
+
+
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     file = folder / MANIFEST_NAME
     content = json.loads(file.read_text())
@@ -72,8 +108,7 @@ def test_default_bundle_by_no_name_by_name_and_by_path(default_bundle: Bundle) -
 
 def test_default_bundle_is_complete(default_bundle: Bundle) -> None:
     assert default_bundle.graph_path("search").is_file()
-    files = [default_bundle.graph_path(name) for name in default_bundle.manifest.graphs]
-    assert default_bundle.size_bytes() == sum(len(file.read_bytes()) for file in files)
+    assert default_bundle.size_bytes() == sum(len(file.read_bytes()) for file in default_bundle.path.glob("*.onnx"))
 
 
 def test_write_and_load_is_a_round_trip(folder: Path) -> None:
@@ -90,8 +125,10 @@ def test_write_and_load_is_a_round_trip(folder: Path) -> None:
 
 
 def test_a_manifest_may_leave_out_what_has_a_default(folder: Path) -> None:
-    edit(folder, lambda m: [m.pop(name) for name in ("tracking", "precision", "provenance", "accuracy")])
-    assert load_bundle(folder).manifest.tracking == TrackingSpec()
+    edit(folder, lambda m: [m.pop(name) for name in ("tracking", "precision", "int8", "provenance", "accuracy")])
+    manifest = load_bundle(folder).manifest
+    assert manifest.tracking == TrackingSpec()
+    assert (manifest.precision, manifest.int8) == ("fp32", {})
 
 
 def test_a_copied_folder_is_a_bundle_and_needs_no_name(folder: Path, tmp_path: Path) -> None:
@@ -178,6 +215,45 @@ def test_graphs_that_break_the_contract(folder: Path, change: Callable[[dict[str
         load_bundle(folder)
 
 
+def test_update_graph_chains_template_and_search(folder: Path) -> None:
+    adaptive(folder)
+    manifest = load_bundle(folder).manifest
+    assert manifest.update == UpdateSpec(min_score=0.59, interval=1)
+    assert manifest.template_tensors == ("kernel",)  # search need not take the fused feature
+    edit(folder, lambda m: m["graphs"]["search"]["inputs"].insert(1, m["graphs"]["update"]["outputs"][0]))
+    assert load_bundle(folder).manifest.template_tensors == ("fused", "kernel")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("update"), "there is an update graph without update parameters; export"),
+        (lambda m: m["graphs"].pop("update"), "there is no update graph for the update parameters; export"),
+        (
+            lambda m: m["graphs"]["template"]["outputs"][0].update(name="z"),
+            r"outputs before an update.*\('z',\)",
+        ),
+        (lambda m: m["graphs"]["template"]["outputs"].clear(), r"template outputs before an update.*are \(\)"),
+        (lambda m: m["graphs"]["update"]["inputs"].reverse(), "update inputs are"),
+        (lambda m: m["graphs"]["update"]["inputs"][1].update(shape=[1, 96, 8, 8]), "update inputs are .*8, 8"),
+        (lambda m: m["graphs"]["update"]["inputs"][1].update(dtype="float16"), "update inputs are .*float16"),
+        (lambda m: m["graphs"]["update"]["outputs"][0].update(shape=[1, 49, 96]), "first update output are .*49, 96"),
+        (lambda m: m["graphs"]["update"]["outputs"][1].update(name="k"), "search inputs are"),
+        (lambda m: m["update"].update(min_score=1.18), r"\.update: min_score must be in \[0, 1\], got 1\.18"),
+        (lambda m: m["update"].update(interval=0), r"\.update: interval must be at least 1 frame, got 0"),
+        (lambda m: m["update"].update(every=3), r"\.update: unknown field every"),
+        (lambda m: m["update"].clear(), r"\.update: missing field min_score"),
+    ],
+)
+def test_update_graphs_that_break_the_contract(
+    folder: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    adaptive(folder)
+    edit(folder, change)
+    with pytest.raises(BundleError, match=message):
+        load_bundle(folder)
+
+
 def test_missing_graph_file(folder: Path) -> None:
     (folder / "search.onnx").unlink()
     with pytest.raises(BundleError, match=r"search\.onnx is missing; copy the whole bundle folder"):
@@ -194,10 +270,96 @@ def test_one_flipped_bit_in_a_graph(folder: Path, place: int) -> None:
 
 
 def test_a_graph_beyond_the_two_is_verified_too(folder: Path) -> None:
-    (folder / "update.onnx").write_bytes(b"graph of update")
-    edit(folder, lambda m: m["graphs"].update(update={**m["graphs"]["search"], "file": "update.onnx"}))
+    adaptive(folder)
+    load_bundle(folder)
+    (folder / "update.onnx").write_bytes(b"another graph")
     with pytest.raises(BundleError, match=r"update\.onnx is damaged"):
         load_bundle(folder)
+
+
+# ------------------------------------------------------------------------------------------------------- INT8 graphs
+
+
+def test_int8_graphs_lie_beside_those_they_were_made_from(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = load_bundle(folder)
+    assert (plain.manifest.int8, plain.int8_paths) == ({}, {})
+    add_int8(folder)
+    bundle = load_bundle(folder)
+    assert bundle.int8_paths == {"search": folder / "search.int8.onnx"}
+    assert bundle.manifest.int8["search"].source_sha256 == bundle.manifest.graphs["search"].sha256
+    assert bundle.graph_path("search") == folder / "search.onnx"  # what everything but the CPU runner takes
+    assert bundle.size_bytes() == plain.size_bytes() + len("INT8 graph of search")
+    write_manifest(folder, bundle.manifest)
+    assert load_bundle(folder) == bundle
+    add_int8(folder, "template")
+    assert list(load_bundle(folder).int8_paths) == ["search", "template"]
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("content", [b"another graph", None])
+def test_a_stale_int8_graph_is_passed_over_with_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture, content: bytes | None
+) -> None:
+    add_int8(folder)
+    add_int8(folder, "template")
+    (folder / "search.onnx").write_bytes(b"exported anew")
+    edit(folder, lambda m: m["graphs"]["search"].update(sha256=sha256(folder / "search.onnx")))
+    if content is None:
+        (folder / "search.int8.onnx").unlink()
+    else:
+        (folder / "search.int8.onnx").write_bytes(content)  # nothing is asked of what is not used
+    bundle = load_bundle(folder)
+    assert list(bundle.int8_paths) == ["template"]
+    assert bundle.size_bytes() == sum((folder / f"{n}.onnx").stat().st_size for n in ("search", "template")) + len(
+        "INT8 graph of template"
+    )
+    (said,) = caplog.messages
+    assert "the INT8 search graph was made from another search graph than is here now, and is not used" in said
+    assert said.endswith(f"siamtrack-export precision {folder} --precision int8 --add")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "search.int8.onnx").write_bytes(b"other"), r"search\.int8\.onnx is damaged or was changed"),
+        (lambda f: (f / "search.int8.onnx").unlink(), r"search\.int8\.onnx is missing"),
+        (lambda f: add_int8(f, file="../x.onnx"), r"'\.\./x\.onnx' is not a plain file name"),
+        (lambda f: add_int8(f, "update"), r"INT8 graphs \['search', 'update'\] beside fp32 graphs .*of its name"),
+        (lambda f: edit(f, lambda m: m.update(precision="fp16")), r"INT8 graphs \['search'\] beside fp16 graphs"),
+        (
+            lambda f: edit(f, lambda m: m["int8"]["search"].pop("source_sha256")),
+            r"\.int8\.search: missing field source",
+        ),
+        (lambda f: edit(f, lambda m: m.update(int8=["search"])), r"\.int8: expected a mapping"),
+    ],
+)
+def test_refused_int8_graphs(folder: Path, break_it: Callable[[Path], Any], message: str) -> None:
+    add_int8(folder)
+    load_bundle(folder)
+    break_it(folder)
+    with pytest.raises(BundleError, match=message) as refusal:
+        load_bundle(folder)
+    assert str(folder) in str(refusal.value)
+
+
+def test_the_command_that_makes_int8_graphs_is_for_a_shell(folder: Path) -> None:
+    spaced = folder.rename(folder.with_name("my bundle"))
+    assert load_bundle(spaced).int8_command == f"siamtrack-export precision '{spaced}' --precision int8 --add"
+
+
+def test_a_manifest_is_replaced_as_a_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load_bundle(folder)
+    int8 = {"search": Int8Graph("search.int8.onnx", "0" * 64, "0" * 64)}
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
+        patched.setattr(Path, "replace", fail)
+        write_manifest(folder, dataclasses.replace(before.manifest, int8=int8))
+    assert load_bundle(folder) == before
+    write_manifest(folder, dataclasses.replace(before.manifest, precision=PRECISIONS[1]))
+    assert load_bundle(folder).manifest.precision == "fp16"
 
 
 def test_a_bundle_error_is_a_value_error() -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import cv2
 import pytest
 
-from siamtrack import cli
+from siamtrack import SiamTracker, cli
+from siamtrack.runners import EngineOptions
+from siamtrack.runners.cuda.device import CudaError
 from siamtrack.scene import Scene
 from siamtrack.sources import ImageSource
 
@@ -117,3 +119,45 @@ def test_bench_models_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("onnxruntime", "opencv", "ros2", "tensorrt", "models"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "backend", "engines", "precision"),
+    [
+        ([], "onnxruntime", EngineOptions(), "auto"),
+        (
+            ["--backend", "auto", "--precision", "int8", "--build-engines", "auto", "--engine-key", "k"],
+            "auto",
+            EngineOptions(key_file=Path("k"), build="auto"),
+            "int8",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", [["track", "CLIP", "INIT"], ["demo"], ["bench"]])
+def test_a_gpu_that_cannot_be_used_is_told_in_a_line(
+    clip: tuple[Path, str],
+    command: list[str],
+    arguments: list[str],
+    backend: str,
+    engines: EngineOptions,
+    precision: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+
+    def refuse(*options: object) -> SiamTracker:
+        asked.extend(options)
+        raise CudaError("no CUDA driver")
+
+    monkeypatch.setattr(SiamTracker, "from_pretrained", refuse)
+    command = [{"CLIP": str(clip[0]), "INIT": clip[1]}.get(part, part) for part in command]
+    assert cli.main([*command, *arguments]) == 2
+    assert capsys.readouterr().err == "siamtrack: error: no CUDA driver\n"
+    assert asked == [None, backend, 0, engines, precision]
+
+
+def test_bench_names_the_backend_that_ran(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("siamtrack.gpu.gpu_info", lambda device=0: None)
+    assert cli.main(["bench", "--backend", "auto", "--iterations", "2", "--size", "320x180"]) == 0
+    assert capsys.readouterr().out.startswith("siamcan-mobilenetv2, onnxruntime, 320x180, ")

@@ -291,6 +291,17 @@ def test_another_resolution_ends_the_track_with_a_reason(stream: Stream) -> None
     assert stream.show(3, image=stream.scene[3].image[:200]).state is State.TRACKING
 
 
+def test_a_box_that_waits_outlives_a_change_of_resolution(stream: Stream) -> None:
+    stream.box(0)
+    stream.show(0)
+    stream.box(3, stamp(3), target_id="next")
+    larger = np.zeros((480, 640, 3), np.uint8)
+    assert stream.show(1, image=larger).state is State.IDLE
+    assert stream.session.waiting
+    report = stream.show(3)
+    assert (report.state, report.target_id) == (State.TRACKING, "next")
+
+
 def test_a_frame_that_does_not_decode_is_passed_over(stream: Stream, tracker: SiamTracker) -> None:
     tracker.init(stream.scene[0].image, stream.scene[0].box_xywh)
     expected = tracker.update(stream.scene[2].image).box_xywh

@@ -14,8 +14,8 @@ import pytest
 
 from siamtrack import Bundle, SiamTracker, State, Track
 from siamtrack.boxes import iou_xywh
-from siamtrack.bundle import CropSpec, GridSpec, Manifest, ScoreSpec, TrackingSpec
-from siamtrack.crop import Window
+from siamtrack.bundle import CropSpec, GridSpec, Manifest, ScoreSpec, TrackingSpec, UpdateSpec
+from siamtrack.crop import Window, context_size
 from siamtrack.runners import Features, SearchResult
 from siamtrack.scene import Scene, SceneFrame
 from siamtrack.state import Thresholds
@@ -50,7 +50,7 @@ def test_init_forgets_the_target_before(tracker: SiamTracker, scene: list[SceneF
     follow(tracker, scene[:5])
     tracker.update(np.zeros_like(scene[0].image))  # and the weak frames counted with it
     again = follow(tracker, scene[10:16])
-    fresh = SiamTracker.from_pretrained(threads=1)
+    fresh = SiamTracker.from_pretrained(threads=1, precision="fp32")
     assert again == follow(fresh, scene[10:16])
     fresh.close()
 
@@ -264,18 +264,26 @@ class ScriptedRunner:
     `answer` is called for each window and may be replaced between frames.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, update: UpdateSpec | None = None) -> None:
         score = ScoreSpec("what the script says", THRESHOLDS)
+        grid = GridSpec(16, 16, 0.5)
         self.bundle = Bundle(
             Path("no folder"),
-            Manifest(1, "script", {}, CropSpec(127, 255), GridSpec(16, 16, 0.5), score, "none", TrackingSpec()),
+            Manifest(1, "script", {}, CropSpec(127, 255), grid, score, "none", TrackingSpec(), update),
         )
         self.last_timing: dict[str, float] = {}
+        self.helper_cores: frozenset[int] = frozenset()
         self.answer: Callable[[Window], Answer] = lambda window: ((*CENTRE, 24, 20), 0.9)
         self.windows: list[list[Window]] = []
         self.influence: list[float] = []
         self.sizes: list[np.ndarray] = []  # [N, 2] a frame, previous size in image pixels
+        self.renewed: list[Window] = []
+        self.sought: list[Features] = []  # the features of each frame
         self.closed = False
+
+    def update(self, image: np.ndarray, window: Window, features: Features) -> Features:
+        self.renewed.append(window)
+        return dataclasses.replace(features, tensors=(*features.tensors, window))
 
     def template(self, image: np.ndarray, window: Window, fill_bgr: tuple[float, float, float]) -> Features:
         return Features((window,), fill_bgr)
@@ -290,6 +298,7 @@ class ScriptedRunner:
     ) -> SearchResult:
         assert len(windows) == len(features) and prev_size.shape == (len(windows), 2)
         self.windows.append(list(windows))
+        self.sought.append(features[0])
         self.influence.append(tuning[1])
         self.sizes.append(np.array([size * w.width / 255 for size, w in zip(prev_size, windows, strict=True)]))
         answers = [self.answer(window) for window in windows]
@@ -556,3 +565,119 @@ def test_weak_evidence_coasts_on_at_the_old_velocity() -> None:
     play(tracker, 0.0, at=at)
     window = tracker.runner.windows[-1][0]
     assert window.left + window.width / 2 == pytest.approx(at[0] + 5, abs=1)
+
+
+# ------------------------------------------------------------------------------------------------- template update
+
+
+def renewing(min_score: float = 0.6, interval: int = 1, **tracking: float) -> SiamTracker:
+    """A tracker of a model that renews its template, on its first frame."""
+    tracker = SiamTracker(ScriptedRunner(UpdateSpec(min_score, interval)), TrackingSpec(**tracking))
+    tracker.init(FRAME, START)
+    return tracker
+
+
+def renewals(tracker: SiamTracker, *scores: float) -> str:
+    """Play the scores; U for each frame after which the template was renewed."""
+    marks = ""
+    for score in scores:
+        before = len(tracker.runner.renewed)
+        play(tracker, score)
+        marks += ".U"[len(tracker.runner.renewed) - before]
+    return marks
+
+
+def test_the_template_is_renewed_after_good_frames_only() -> None:
+    tracker = renewing(min_score=0.625)
+    assert renewals(tracker, 0.9, 0.625, 0.64, 0.55, 0.45, 0.7) == "U.U..U"  # above, not at it ("s > 1.18", D13)
+
+
+@pytest.mark.parametrize(("interval", "marks"), [(1, "UUUUUU"), (2, ".U.U.U"), (4, "...U..")])
+def test_an_interval_lies_between_two_renewals(interval: int, marks: str) -> None:
+    assert renewals(renewing(interval=interval), *[0.9] * 6) == marks
+
+
+def test_a_good_frame_within_the_interval_is_not_made_up_for() -> None:
+    assert renewals(renewing(interval=3), 0.9, 0.9, 0.5, 0.9, 0.9, 0.9, 0.9) == "...U..U"
+
+
+def test_no_renewal_while_the_target_is_doubtful_or_lost() -> None:
+    tracker = renewing(min_score=0.0)  # the state alone decides
+    tracks = []
+    for score, renewed in [
+        (0.9, True), (0.3, False), (0.45, False), (0.6, True),  # UNCERTAIN holds up to 0.5
+        (0.1, False), (0.1, False), (0.1, False),  # LOST
+        (0.5, False), (0.7, False), (0.7, True),  # found is UNCERTAIN first
+    ]:  # fmt: skip
+        before = len(tracker.runner.renewed)
+        tracks += play(tracker, score)
+        assert (len(tracker.runner.renewed) > before) is renewed, names(tracks)
+    assert names(tracks) == "TUUTUULLUT"
+
+
+@pytest.mark.parametrize(
+    ("at", "size", "valid"),
+    [
+        ((-3.0, 90.0), (24, 20), False),
+        ((100.0, HEIGHT + 1.0), (24, 20), False),
+        ((WIDTH - 1.0, 90.0), (24, 20), True),
+        (CENTRE, (0.0, 20), False),
+    ],
+)
+def test_a_box_must_be_valid_to_learn_from(at: tuple[float, float], size: tuple[float, float], valid: bool) -> None:
+    tracker = renewing()
+    tracker.runner.answer = lambda window: ((*at, *size), 0.9)
+    assert tracker.update(FRAME).state is State.TRACKING
+    assert bool(tracker.runner.renewed) is valid
+
+
+def test_the_new_template_is_cropped_at_the_new_box_and_sought_from_the_next_frame_on() -> None:
+    tracker = renewing(size_rate=1.0)
+    first = tracker.runner.sought
+    play(tracker, 0.9, at=(130.0, 95.0))
+    (window,) = tracker.runner.renewed
+    assert (window.left + window.width / 2, window.top + window.height / 2) == pytest.approx((130, 95), abs=0.5)
+    assert window.width == round(context_size(24, 20))  # a template window, not a search window
+    play(tracker, 0.9)
+    assert [len(features.tensors) for features in first] == [1, 2]
+    assert first[1].tensors[1] == window
+    tracker.init(FRAME, START)
+    play(tracker, 0.5)
+    assert len(first[-1].tensors) == 1  # a new target starts with its own template
+
+
+def test_a_model_without_update_never_renews() -> None:
+    tracker = scripted()
+    play(tracker, *[0.99] * 5)
+    assert tracker.runner.renewed == []
+    with pytest.raises(ValueError, match="script has no update graph"):
+        SiamTracker(ScriptedRunner(), template_update=UpdateSpec(0.5))
+
+
+def test_update_parameters_come_from_the_manifest_unless_given() -> None:
+    runner = ScriptedRunner(UpdateSpec(0.6))
+    assert SiamTracker(runner).template_update == UpdateSpec(0.6)
+    tracker = SiamTracker(runner, template_update=UpdateSpec(1.0))
+    tracker.init(FRAME, START)
+    assert renewals(tracker, 1.0, 1.0) == ".."  # 1 keeps the first template
+
+
+def test_a_renewal_that_fails_keeps_the_track_and_the_old_template() -> None:
+    tracker = renewing(interval=2)
+    runner = tracker.runner
+    good = runner.update
+
+    def fail(*arguments: object) -> Features:
+        raise OSError("device gone")
+
+    play(tracker, 0.9)
+    runner.update = fail
+    with pytest.raises(OSError, match="device gone"):
+        play(tracker, 0.9, at=(118.0, 90.0))
+    runner.update = good
+    (track,) = play(tracker, 0.9, at=(118.0, 90.0))
+    assert (track.frame, track.state) == (3, State.TRACKING)  # the frame of the failure was followed
+    assert len(runner.sought[-1].tensors) == 1
+    assert runner.renewed == []  # and the try counts in the interval
+    play(tracker, 0.9)
+    assert len(runner.renewed) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,8 +36,9 @@ def until(condition: Callable[[], bool]) -> None:
 class Desk:
     """A worker, what it reported, and a gate that holds it up while closed."""
 
-    def __init__(self, every: bool = False, **options: int) -> None:
+    def __init__(self, every: bool = False, helper_cores: frozenset[int] = frozenset(), **options: int) -> None:
         self.runner = ScriptedRunner()
+        self.runner.helper_cores = helper_cores
         self.reports: list[Report] = []
         self.errors: list[Exception] = []
         self.gate = threading.Event()
@@ -62,8 +64,8 @@ class Desk:
 
 
 @contextmanager
-def desk(every: bool = False, **options: int) -> Iterator[Desk]:
-    it = Desk(every, **options)
+def desk(every: bool = False, helper_cores: frozenset[int] = frozenset(), **options: int) -> Iterator[Desk]:
+    it = Desk(every, helper_cores, **options)
     it.worker.start()
     try:
         yield it
@@ -256,3 +258,16 @@ def test_settle_says_when_it_takes_too_long() -> None:
     with desk() as it:
         it.hold()
         assert not it.worker.settle(timeout_s=0.01)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores cannot be told apart here")
+@pytest.mark.parametrize("taken", [0, 1, 2], ids=["none taken", "last taken", "all taken"])
+def test_the_worker_keeps_off_the_cores_of_its_runner(taken: int) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    helpers = [frozenset(), frozenset(cores[-1:]), frozenset(cores)][taken]
+    with desk(helper_cores=helpers) as it:
+        seen: list[set[int]] = []
+        it.worker.configure(lambda tracker: seen.append(os.sched_getaffinity(0)))
+        assert it.worker.settle()
+    assert seen == [set(cores) - helpers or set(cores)]
+    assert os.sched_getaffinity(0) == set(cores)
