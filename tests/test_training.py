@@ -513,6 +513,27 @@ def test_a_mirrored_search_crop_takes_its_box_along(tracks: Tracks, monkeypatch:
         assert (columns.mean() + 0.5, rows.mean() + 0.5) == pytest.approx((cx, cy), abs=2)
 
 
+def test_a_part_of_an_object_is_inside_it(tracks: Tracks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs_module, "photometric", lambda image, rng: image)
+    seen = np.random.default_rng(5)
+    for pair in draw(sampler(tracks, mix={"still": 1.0}, part=1.0, **PLAIN), 12):
+        target = np.abs(pair.search.astype(int) - TARGET_BGR).max(axis=2) < 40
+        cx, cy, w, h = pair.box_cxcywh
+        x, y = np.arange(255) + 0.5, np.arange(255) + 0.5
+        inner = (np.abs(x - cx) < w / 2 - 2)[None] & (np.abs(y - cy) < h / 2 - 2)[:, None]
+        assert target[inner].all()
+        assert target.sum() > 1.5 * w * h  # the object goes on beyond it
+        assert 63.5 * 0.4 < math.sqrt(w * h) < 63.5 * 1.8  # on the scale that it would be tracked at
+    for side, smallest in ((200, 60), (20, 20)):  # a part of 20 px would be thinner than 16
+        whole = Sighting(tracks[2][0], (30.0, 20.0, side, side))
+        x0, y0, w, h = pairs_module.part_of(whole, seen).box_xywh
+        assert min(w, h) >= smallest
+        assert x0 >= 30
+        assert y0 >= 20
+        assert x0 + w <= 30 + side
+        assert y0 + h <= 20 + side
+
+
 # --- triplets ------------------------------------------------------------------------------------------------------
 
 

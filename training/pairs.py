@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ CxCyWH = tuple[float, float, float, float]
 Crop = NDArray[np.uint8]
 DEFAULT_MIX = {"video": 0.40, "still": 0.27, "cutout": 0.25, "region": 0.08}
 KINDS = tuple(DEFAULT_MIX)
+PART_SIDE = (0.3, 0.7)  # of the object's
+PART_PX = 16  # a thinner part shows nothing to follow
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class PairConfig:
         rotation: chance that the search crop is turned about the target.
         rotation_deg: by how much at most.
         flip: chance that the search crop is mirrored left to right: another side of the same thing.
+        part: chance that a still's target is a random part of its object, so that what belongs to a target is learnt
+            from the template and not from where objects end: a head without the neck.
     """
 
     mix: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
@@ -53,6 +57,7 @@ class PairConfig:
     rotation: float = 0.35
     rotation_deg: float = 30.0
     flip: float = 0.1
+    part: float = 0.0
 
     def __post_init__(self) -> None:
         unknown = set(self.mix) - set(KINDS)
@@ -95,6 +100,18 @@ class Drawn:
     search: Crop
     box: CxCyWH
     source: str
+
+
+def part_of(seen: Sighting, rng: Rng) -> Sighting:
+    """A random part of an object as a target of its own: 0.3 to 0.7 of each side, at least `PART_PX`.
+
+    An object too small for a part is returned as it is.
+    """
+    x, y, w, h = seen.box_xywh
+    part_w, part_h = rng.uniform(*PART_SIDE) * w, rng.uniform(*PART_SIDE) * h
+    if min(part_w, part_h) < PART_PX:
+        return seen
+    return replace(seen, box_xywh=(x + rng.uniform(0, w - part_w), y + rng.uniform(0, h - part_h), part_w, part_h))
 
 
 class PairSampler:
@@ -227,9 +244,10 @@ class PairSampler:
         return crop(image, window, size_px, seen.fill_bgr or self.images.mean_bgr(seen.image)), (bx, by, bw, bh)
 
     def _draw_still(self, rng: Rng) -> Sighting:
-        if self._choose_still is None:
-            return self._stills[int(rng.integers(len(self._stills)))]
-        return self._stills[self._choose_still.draw(rng)]
+        number = int(rng.integers(len(self._stills))) if self._choose_still is None else self._choose_still.draw(rng)
+        still = self._stills[number]
+        # The first test keeps the pairs of recipes without parts as they were.
+        return part_of(still, rng) if self.config.part and rng.random() < self.config.part else still
 
     def _draw_region(self, rng: Rng) -> Sighting:
         """A random rectangle of a photo, as if it were a target."""
