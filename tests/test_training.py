@@ -32,7 +32,7 @@ from training.images import ImageCache
 from training.labels import Cells
 from training.module import SiameseModule, load_backbone, lr_factor
 from training.pairs import Pair, PairConfig, PairSampler
-from training.recipe import OptimConfig, load_recipe, recipe_from_dict
+from training.recipe import OptimConfig, Recipe, load_recipe, recipe_from_dict
 from training.tracks import Mask, Sighting, Track, usable
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
@@ -877,6 +877,20 @@ def test_training_starts_from_a_checkpoint(tmp_path: Path) -> None:
     torch.save(MODELS["siamla-mobilenetv2"]().state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other.pth does not fit SiamCANEdge: attention.conv.weight"):
         module(tmp_path / "other.pth")
+
+
+def test_backbone_of_another_model_s_run(tmp_path: Path) -> None:
+    run = SiameseModule(to_plain(Recipe(model="siamcan-mobilenetv2")))
+    path = tmp_path / "run.ckpt"
+    torch.save({"state_dict": run.state_dict(), "epoch": 3}, path)
+    recipe = Recipe(model="siamla-mobilenetv2", backbone=str(path))
+    module = SiameseModule(to_plain(recipe), data_root="elsewhere")  # runs are not where the data is
+    ours, theirs = module.net.backbone.state_dict(), run.net.backbone.state_dict()
+    assert len(ours) > 50
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value)
+    with pytest.raises(ValueError, match=r"run.ckpt does not fit ResNet50Dilated: "):
+        load_backbone(ResNet50Dilated(), path)
 
 
 def test_torchvision_backbone_is_fitted_to_raw_pixels(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from training.recipe import OptimConfig, recipe_from_dict
 
 Batch = dict[str, Tensor]
 CROPS = ("template", "search", "history", "current")
+CHECKPOINT = ".ckpt"  # what Lightning writes, and so a run of ours
 LOSS_LIMIT = 1e4  # a batch with a larger loss is broken (pysot)
 
 
@@ -44,7 +46,10 @@ class SiameseModule(L.LightningModule):
         self.objective = self.recipe.build_objective()
         check_fit(self.recipe.objective_name, self.objective, self.recipe.model, self.net.decoder)
         if data_root is not None and self.recipe.backbone:
-            load_backbone(cast(nn.Module, self.net.backbone), Path(data_root) / self.recipe.backbone)
+            path = Path(self.recipe.backbone)
+            load_backbone(
+                cast(nn.Module, self.net.backbone), path if path.suffix == CHECKPOINT else Path(data_root) / path
+            )
         if data_root is not None and self.recipe.weights:
             load_weights(self.net, Path(self.recipe.weights))
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -180,19 +185,25 @@ def load_weights(net: nn.Module, path: Path) -> None:
         ValueError: unreadable, or of another model or configuration.
     """
     state = read_weights(path).state
-    if any(name.startswith("net.") for name in state):  # of a training run, whose graphs hold the network once more
-        state = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
-    own = {name: value for name, value in net.state_dict().items() if not name.endswith("num_batches_tracked")}
-    wrong = sorted(set(own) ^ set(state)) or sorted(n for n, v in state.items() if v.shape != own[n].shape)
-    if wrong:
-        raise ValueError(f"{path} does not fit {type(net).__name__}: {', '.join(wrong[:5])} and {len(wrong)} in all")
-    net.load_state_dict(state, strict=False)
+    _fill(net, _part(state, "net.") or state, path)  # a training run's graphs hold the network once more
 
 
 def load_backbone(backbone: nn.Module, path: Path) -> None:
-    """Fill a backbone from ImageNet weights (``.safetensors``, or a tensors-only ``.pth``)."""
+    """Fill a backbone from ImageNet weights or from a checkpoint trained here.
+
+    Args:
+        backbone: filled in place.
+        path: ImageNet weights (``.safetensors``, or a tensors-only ``.pth``), or a ``.ckpt`` of a run of any model with
+            this backbone.
+
+    Raises:
+        ValueError: not there, not readable, or of another backbone.
+    """
     if not path.exists():
         raise ValueError(f"no backbone weights at {path}; check --data, or set `backbone: ''` to start from random")
+    if path.suffix == CHECKPOINT:
+        _fill(backbone, _part(read_weights(path).state, "net.backbone."), path)
+        return
     state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     if isinstance(backbone, TwoBackbones):
         import_resnet50(backbone.template, state)
@@ -203,6 +214,20 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
         import_resnet50(backbone, state)
     else:
         raise ValueError(f"no ImageNet import for {type(backbone).__name__}")
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights that fit in every name and shape; BatchNorm's counters may be missing."""
+    own = {name: value for name, value in module.state_dict().items() if not name.endswith("num_batches_tracked")}
+    wrong = sorted(set(own) ^ set(state)) or sorted(n for n, v in state.items() if v.shape != own[n].shape)
+    if wrong:
+        raise ValueError(f"{path} does not fit {type(module).__name__}: {', '.join(wrong[:5])} and {len(wrong)} in all")
+    module.load_state_dict(state, strict=False)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

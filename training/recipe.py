@@ -134,7 +134,8 @@ class Recipe:
             ablations. Checkpoints keep them, so that export builds the same network.
         objective: name in `training.objectives.OBJECTIVES`; empty for the one that the model's name begins with.
         objective_config: fields of the objective that differ from its defaults: weights of the terms, switches.
-        backbone: ImageNet weights of the backbone, relative to the data root; empty for none.
+        backbone: ImageNet weights of the backbone, relative to the data root, or the ``.ckpt`` of a run of any model
+            with this backbone, relative to the working folder; empty for none.
         weights: checkpoint of this model to start from, such as `siamtrack import-checkpoint` writes, relative to the
             working folder; empty for none. It holds the backbone too.
         seed: of weights and of every pair.
