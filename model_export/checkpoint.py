@@ -73,6 +73,8 @@ def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
             provenance[key] = str(recipe[key])
     if recipe.get("model_config"):
         provenance["model_config"] = json.dumps(recipe["model_config"], sort_keys=True)
+    if "averaged" in content:  # by `training.average`: SHA-256 and share of each
+        provenance["averaged"] = str(content["averaged"])
     source = _mapping(content.get("source"))  # of imported weights
     provenance |= {f"source_{key}": str(source[key]) for key in ("file", "sha256", "layout") if key in source}
     held_out = _mapping(recipe.get("data")).get("validation_videos")
