@@ -211,6 +211,11 @@ def test_resume_is_exact_and_freezing_freezes(
     assert any(name.startswith(thawing) for name in start)
     assert not torch.equal(start["neck16.weight"], thaw["neck16.weight"])
 
+    # The state from before the thaw is kept.
+    frozen = read(tmp_path / "straight" / "frozen.ckpt")
+    assert (frozen["epoch"], frozen["global_step"]) == (0, 2)
+    assert torch.equal(frozen["current_model_state"]["net.neck16.weight"], thaw["neck16.weight"])
+
     # What it wrote exports, with the averaged weights, and computes the same.
     checkpoint = load_checkpoint(last)
     assert checkpoint.model == recipe.model

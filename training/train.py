@@ -1,8 +1,8 @@
 """Train a tracker: ``python -m training.train training/recipes/siamcan-mobilenetv2.yaml --data DATA``.
 
 Writes ``runs/NAME/``: ``recipe.yaml``, ``run.json`` (commit, seed, machine), ``metrics.jsonl``, checkpoints after every
-epoch (``last.ckpt`` and the best by validation IoU) and TensorBoard curves and images. Started again, it resumes from
-``last.ckpt``, exactly.
+epoch (``last.ckpt`` and the best by validation IoU), ``frozen.ckpt`` from before the backbone was thawed, and
+TensorBoard curves and images. Started again, it resumes from ``last.ckpt``, exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from siamtrack.plain import to_plain
 from training.loading import PairDataModule
 from training.module import SiameseModule
 from training.recipe import Recipe, load_recipe, recipe_from_dict
-from training.watch import RunRecord, SampleSheets, Throughput
+from training.watch import KeepFrozen, RunRecord, SampleSheets, Throughput
 
 
 def train(
@@ -83,6 +83,8 @@ def make_trainer(recipe: Recipe, out: Path, devices: int = 1, checkpoint_steps: 
         callbacks.append(EMAWeightAveraging(decay=recipe.optim.ema, update_starting_at_step=int(warmup)))
     if validates:
         callbacks.append(ModelCheckpoint(out, "best", "val/iou", mode="max", enable_version_counter=False))
+    if 0 < recipe.unfreeze_epoch < recipe.epochs and recipe.unfreeze_stages:
+        callbacks.append(KeepFrozen(out, recipe.unfreeze_epoch))
     # A callback of its own: `save_last` of the one above would write only when the epoch is also the best.
     callbacks.append(ModelCheckpoint(out, "last", enable_version_counter=False))
     if checkpoint_steps:

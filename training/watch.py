@@ -57,6 +57,22 @@ class Throughput(Callback):
         pl_module.log("train/data_wait", waited / took, prog_bar=True)
 
 
+class KeepFrozen(Callback):
+    """Keeps ``frozen.ckpt``, the state after the last epoch with a frozen backbone: one to average with the last.
+
+    Args:
+        out: the run's folder.
+        epochs: how many the backbone is frozen for.
+    """
+
+    def __init__(self, out: Path, epochs: int) -> None:
+        self._out, self._epochs = out, epochs
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch + 1 == self._epochs:
+            trainer.save_checkpoint(self._out / "frozen.ckpt")
+
+
 class SampleSheets(Callback):
     """Puts a sheet of training samples (`training.show`) into TensorBoard before every so many epochs.
 
