@@ -54,9 +54,13 @@ lint: $(VENV)/.dev  ## ruff (rules and format) and mypy
 
 train-default: $(VENV)/.dev  ## train the shipped model on DATA, export and calibrate it, put it into the package
 	$(VENV)/bin/python -m training.train training/recipes/$(MODEL).yaml --data $(DATA)
-	$(VENV)/bin/siamtrack-export onnx --checkpoint runs/$(MODEL)/last.ckpt --out build/$(MODEL) \
+	$(VENV)/bin/python -m training.average runs/$(MODEL)/frozen.ckpt runs/$(MODEL)/last.ckpt --out runs/$(MODEL)/mean.ckpt
+	$(VENV)/bin/python -m training.train training/recipes/$(MODEL)-head.yaml --data $(DATA)
+	$(VENV)/bin/siamtrack-export onnx --checkpoint runs/$(MODEL)-head/last.ckpt --out build/$(MODEL) \
 		--licence LicenseRef-research-only --images $(DATA)/train/photos \
 		--note 'command=make train-default' --note 'data=see README.md beside this file'
+	$(VENV)/bin/python -m evaluation.tune build/$(MODEL) --sequences $(DATA)/dev --validation $(DATA)/train/videos \
+		--trials 40 --processes 2 --write
 	$(VENV)/bin/python -m evaluation.calibrate build/$(MODEL) --sequences $(DATA)/train/videos --write
 	mkdir -p siamtrack/models/$(MODEL)
 	cp build/$(MODEL)/manifest.json build/$(MODEL)/*.onnx siamtrack/models/$(MODEL)/
