@@ -62,6 +62,7 @@ train-default: $(VENV)/.dev  ## train the shipped model on DATA, export and cali
 	$(VENV)/bin/python -m evaluation.tune build/$(MODEL) --sequences $(DATA)/dev --validation $(DATA)/train/videos \
 		--trials 40 --processes 2 --write
 	$(VENV)/bin/python -m evaluation.calibrate build/$(MODEL) --sequences $(DATA)/train/videos --write
+	$(VENV)/bin/siamtrack-export precision build/$(MODEL) --precision int8 --add --calibration-images $(DATA)/train/photos
 	mkdir -p siamtrack/models/$(MODEL)
 	cp build/$(MODEL)/manifest.json build/$(MODEL)/*.onnx siamtrack/models/$(MODEL)/
 	$(VENV)/bin/python -m benchmarks.accuracy --data $(DATA)/dev --model $(MODEL) --peers static --out build --record
