@@ -86,8 +86,8 @@ def raised(by: float) -> Callable[[SearchResult], SearchResult]:
     ("change", "precision", "ok"),
     [
         (shifted(0.02), "fp32", True),
-        (shifted(0.2), "fp32", False),
-        (shifted(0.2), "fp16", True),
+        (shifted(0.06), "fp32", False),
+        (shifted(0.06), "fp16", True),
         (shifted(1.5), "fp16", False),
         (raised(0.3), "int8", True),
         (shifted(30), "int8", False),

@@ -74,7 +74,8 @@ def search(runner, features, window):
     result = runner.search(image, [window], [features], np.ones((1, 2), np.float32), (0.0, 0.0, 0.0))
     return result.response.view(np.uint8).ravel()
 
-WINDOWS = [Window(0, 0, 223, 223), Window(50, 60, 100, 100), Window(-30, 9, 390, 390), Window(0, 0, 600, 400)]
+SIDE = load_bundle().manifest.crop.search_px  # a window of this side is not resized
+WINDOWS = [Window(0, 0, SIDE, SIDE), Window(50, 60, 100, 100), Window(-30, 9, 390, 390), Window(0, 0, 600, 400)]
 """
 
 
@@ -115,7 +116,7 @@ a, b = (each.template(image, Window(5, 5, 60, 60), (1, 2, 3)) for each in (repla
 for window in WINDOWS * 3:
     one, other = search(replayed, a, window), search(plain, b, window)
     np.testing.assert_array_equal(one, other)
-    expected = crop(image, window, 223, (1, 2, 3)).ravel()[: len(one)]
+    expected = crop(image, window, SIDE, (1, 2, 3)).ravel()[: len(one)]
     assert np.abs(one.astype(int) - expected).max() <= 1
 assert held()["executable"] == 1
 replayed.close()  # the other goes on: contexts do not depend on the order

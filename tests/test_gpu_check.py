@@ -360,11 +360,12 @@ def test_work_grows_with_targets_but_weights_are_read_once(default_bundle: Bundl
     from benchmarks.gpu_torch import count_work
     from benchmarks.model_size import Size
 
-    size = Size("siamcan-mobilenetv2", 0.5, 0.1, float("nan"), 0.2, 223)
+    side = default_bundle.manifest.crop.search_px
+    size = Size("siamcan-mobilenetv2", 0.5, 0.1, float("nan"), 0.2, side)
     one, eight = (count_work(default_bundle, size, targets, 2) for targets in (1, 8))
     assert one.flops == pytest.approx(4e8)
     assert eight.flops == 8 * one.flops
-    assert one.upload_bytes == 223 * 223 * 3
+    assert one.upload_bytes == side * side * 3
     assert one.nbytes == 2 * (500_000 + 49 * 96) + one.upload_bytes
     assert eight.nbytes - one.nbytes == 7 * (2 * 49 * 96 + one.upload_bytes)
 
