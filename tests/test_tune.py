@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import sys
@@ -17,8 +18,8 @@ from evaluation.layouts import find_sequences
 from evaluation.onepass import run_ope, summarise
 from evaluation.replay import Player, players, share_out
 from evaluation.tune import RANGES, Choice, Trial, choose, neighbourhood_means, tuned_values
-from siamtrack.bundle import Bundle, TrackingSpec, load_bundle
-from siamtrack.runners import open_runner
+from siamtrack.bundle import Bundle, TrackingSpec, load_bundle, write_manifest
+from siamtrack.runners.onnxruntime import OnnxRuntimeRunner
 from siamtrack.scene import Scene
 from siamtrack.tracker import SiamTracker
 
@@ -237,7 +238,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_pass_is_that_of_the_evaluation(clips: Path, default_bundle: Bundle) -> None:
     sequences = [ref.load() for ref in find_sequences(clips)]
     tracking = TrackingSpec(window_influence=0.6, size_rate=0.7, motion_rate=0.1)
-    with open_runner(default_bundle, threads=1) as runner:
+    with OnnxRuntimeRunner(default_bundle, threads=1) as runner:  # in the bundle's own precision, as a player
         tracker = SiamTracker(runner, tracking)
         expected = [summarise(run_ope(lambda: tracker, s), s)["auc"] for s in sequences]
     with players(default_bundle.path, sequences, 1, 2**30) as play:
@@ -299,9 +300,8 @@ def bundle(default_bundle: Bundle, tmp_path: Path) -> Path:
     """A copy whose window lets the tracker choose nothing but the middle of the search area."""
     folder = tmp_path / "bundle"
     shutil.copytree(default_bundle.path, folder)
-    manifest = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(manifest.replace('"window_influence": 0.4', '"window_influence": 1.0'))
-    assert load_bundle(folder).manifest.tracking.window_influence == 1.0
+    tracking = TrackingSpec(window_influence=1.0)
+    write_manifest(folder, dataclasses.replace(default_bundle.manifest, tracking=tracking))
     return folder
 
 
