@@ -40,7 +40,7 @@ def tracker_factories(
     """
     factories: dict[str, Callable[[], Any]] = {}
     for model in shipped_models() if models is None else models:
-        name, bundle = Path(model).resolve().name, load_bundle(model)
+        name, bundle = model_title(model), load_bundle(model)
         names = {bundle.manifest.precision: name, **({"int8": f"{name}-int8"} if bundle.int8_paths else {})}
         for precision, title in names.items():
             tracker = SiamTracker.from_pretrained(model, threads=threads, precision=precision)
@@ -56,6 +56,11 @@ def tracker_factories(
     if not factories:
         raise ValueError("nothing to measure: no model is shipped and no peer was named")
     return factories
+
+
+def model_title(model: str) -> str:
+    """What tables call a shipped model or a bundle's folder."""
+    return Path(model).resolve().name
 
 
 def command(module: str, arguments: Sequence[str]) -> str:

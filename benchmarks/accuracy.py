@@ -20,13 +20,14 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import command, markdown_table, tracker_factories, write_csv
+from benchmarks import command, markdown_table, model_title, tracker_factories, write_csv
 from evaluation.layouts import read_sequences
-from evaluation.metrics import STATES, mean_row
+from evaluation.metrics import mean_row
 from evaluation.onepass import Result, run_ope, summarise
 from evaluation.peers import PEERS
 from evaluation.sequences import Sequence as ImageSequence
 from evaluation.sequences import read_frame
+from evaluation.tables import MEANS, STATE_COLUMNS
 from siamtrack.benchmark import environment
 from siamtrack.boxes import iou_xywh
 from siamtrack.bundle import load_bundle, shipped_models, write_manifest
@@ -76,7 +77,7 @@ def record(models: Sequence[str], rows: Sequence[Row]) -> None:
     means = {row["tracker"]: row for row in rows if row["sequence"] == "mean"}
     for model in models:
         bundle = load_bundle(model)
-        row = means[Path(model).name]
+        row = means[model_title(model)]
         accuracy = {"dev_success_auc": round(row["auc"], 4), "update_ms_median": round(row["ms_median"], 2)}
         merged = {**bundle.manifest.accuracy, **accuracy}
         write_manifest(bundle.path, dataclasses.replace(bundle.manifest, accuracy=merged))
@@ -112,8 +113,7 @@ def format_report(rows: Sequence[Row], command_line: str) -> str:
     sequences = list(dict.fromkeys(row["sequence"] for row in rows if row["sequence"] != "mean"))
     cell = {(row["tracker"], row["sequence"]): row for row in rows}
     ranked = sorted(trackers, key=lambda name: -cell[name, "mean"]["auc"])
-    scores = ("auc", "sr50", "precision20", "norm_precision", "ao", "ms_median", "ms_p95")
-    headings = ["tracker", "AUC", "SR50", "precision@20", "norm precision@.2", "AO", "ms median", "ms p95"]
+    headings = ["tracker", *MEANS.values()]
     parts = [
         "# Accuracy",
         f"`{command_line}`; " + ", ".join(f"{key} {value}" for key, value in environment().items()) + ".",
@@ -122,7 +122,7 @@ def format_report(rows: Sequence[Row], command_line: str) -> str:
         "over the 21 thresholds 0, .05, .. 1, of the share of frames with IoU above; its ceiling is 0.952. Time is "
         "that of `update`, without decoding the image; median and p95 are means over the sequences.",
         "## Mean",
-        markdown_table(headings, [[name, *(cell[name, "mean"][key] for key in scores)] for name in ranked]),
+        markdown_table(headings, [[name, *(cell[name, "mean"][key] for key in MEANS)] for name in ranked]),
         "## AUC by sequence",
         markdown_table(
             ["tracker", *sequences], [[name, *(cell[name, other]["auc"] for other in sequences)] for name in ranked]
@@ -132,17 +132,14 @@ def format_report(rows: Sequence[Row], command_line: str) -> str:
         kept = [other for other in sequences if other != HARDEST]
         without = {name: mean_row([_numbers(cell[name, other]) for other in kept]) for name in ranked}
         parts.append(f"## Mean without {HARDEST}")
-        parts.append(markdown_table(headings, [[name, *(without[name][key] for key in scores)] for name in ranked]))
+        parts.append(markdown_table(headings, [[name, *(without[name][key] for key in MEANS)] for name in ranked]))
     parts.append("## States")
     parts.append(
         "Share of frames in each state, and of those the share whose box is on the target (IoU above 0.3). "
         "An honest tracker has a high share under TRACKING and a low one under LOST."
     )
-    keys = [f"{kind}_{state.lower()}" for state in STATES for kind in ("share", "hit")]
-    titles = [title for state in STATES for title in (state, f"on target in {state}")]
-    parts.append(
-        markdown_table(["tracker", *titles], [[name, *(cell[name, "mean"][key] for key in keys)] for name in ranked])
-    )
+    states = [[name, *(cell[name, "mean"][key] for key in STATE_COLUMNS)] for name in ranked]
+    parts.append(markdown_table(["tracker", *STATE_COLUMNS.values()], states))
     return "\n\n".join(parts) + "\n"
 
 

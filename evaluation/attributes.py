@@ -14,7 +14,7 @@ from pathlib import Path
 
 # Orders as in each toolkit's plotting script.
 OTB_ORDER = ("IV", "OPR", "SV", "OCC", "DEF", "MB", "FM", "IPR", "OV", "BC", "LR")
-UAV_ORDER = ("IV", "SV", "POC", "FOC", "OV", "FM", "CM", "BC", "SOB", "ARC", "VC", "LR")
+UAV_ORDER = ("SV", "ARC", "LR", "FM", "FOC", "POC", "OV", "BC", "IV", "VC", "CM", "SOB")
 LASOT_ORDER = ("IV", "POC", "DEF", "MB", "CM", "ROT", "BC", "VC", "SV", "FOC", "FM", "OV", "LR", "ARC")
 LONG_NAMES = {
     "ARC": "aspect ratio change",

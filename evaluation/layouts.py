@@ -35,6 +35,7 @@ from evaluation.sequences import (
 from evaluation.uav123_cuts import UAV123_CUTS
 
 MASKS = ("mask", "masks")
+OCCLUDED, OUT_OF_VIEW, COVER = LABELS = ("full_occlusion.txt", "out_of_view.txt", "cover.label")
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,23 @@ class SequenceRef:
             FileNotFoundError: images or truth are missing.
             ValueError: the truth cannot be read, does not match the images, or holds no box.
         """
-        return LAYOUTS[self.layout].load(self)
+        sequence = LAYOUTS[self.layout].load(self)
+        return dataclasses.replace(sequence, name=self.name, attributes=self.attributes())
+
+    def attributes(self) -> tuple[str, ...]:
+        """What it is an example of; () where the data set does not say. Raises ValueError where that is unreadable."""
+        return LAYOUTS[self.layout].attributes(self)
 
     def digest(self) -> str:
-        """Hash of its truth, and of the names of its images: what a result must have been made from."""
+        """Hash of its truth and visibility, and of the names of its images: what a result must have been made from.
+
+        Raises:
+            OSError: something is missing.
+        """
         digest = hashlib.sha256()
-        for path in sorted(self.truth.iterdir()) if self.truth.is_dir() else [self.truth]:
+        labels = (self.truth.parent / name for name in LABELS)
+        truth = sorted(self.truth.iterdir()) if self.truth.is_dir() else [self.truth, *filter(Path.is_file, labels)]
+        for path in truth:
             digest.update(path.name.encode() + path.read_bytes())
         for path in image_paths(self.images):
             digest.update(path.name.encode())
@@ -82,13 +94,15 @@ class Layout:
 
     Attributes:
         find: sequences below a data set's folder; nothing where the folder is of another kind.
-        load: reads one of them.
+        load: reads one of them; name and attributes are put in afterwards.
+        attributes: what one of them is an example of.
         scoring: name in `evaluation.official.SCORINGS` of the benchmark's own numbers; None where there are none.
         looks_like: what a folder of this kind holds, for messages.
     """
 
     find: Callable[[Path], Iterator[SequenceRef]]
     load: Callable[[SequenceRef], Sequence]
+    attributes: Callable[[SequenceRef], tuple[str, ...]]
     scoring: str | None
     looks_like: str
 
@@ -153,10 +167,12 @@ def _find_otb(root: Path) -> Iterator[SequenceRef]:
 
 
 def _load_otb(ref: SequenceRef) -> Sequence:
-    sequence = read_otb(ref.truth.parent, ref.truth.name)
+    return read_otb(ref.truth.parent, ref.truth.name)
+
+
+def _otb_attributes(ref: SequenceRef) -> tuple[str, ...]:
     places = tuple(folder / part for folder in (ref.root, ref.root.parent) for part in ("anno/att", "att"))
-    found = attributes.read_flags(places, ref.name, attributes.OTB_ORDER) or attributes.read_pysot(ref.root, ref.name)
-    return dataclasses.replace(sequence, name=ref.name, attributes=found)
+    return attributes.read_flags(places, ref.name, attributes.OTB_ORDER) or attributes.read_pysot(ref.root, ref.name)
 
 
 def _find_uav(root: Path, subset: str) -> Iterator[SequenceRef]:
@@ -175,15 +191,18 @@ def _load_uav(ref: SequenceRef) -> Sequence:
     # Sequences end where their truth does: some videos have images behind it.
     frames = frames[first - 1 : first - 1 + len(truth)]
     check_counts(ref.truth, len(frames), len(truth))
+    return Sequence(ref.name, frames, without_empty(truth))
+
+
+def _uav_attributes(ref: SequenceRef) -> tuple[str, ...]:
     places = (ref.truth.parent / "att",)
-    found = attributes.read_flags(places, ref.name, attributes.UAV_ORDER) or attributes.read_pysot(ref.root, ref.name)
-    return Sequence(ref.name, frames, without_empty(truth), None, found)
+    return attributes.read_flags(places, ref.name, attributes.UAV_ORDER) or attributes.read_pysot(ref.root, ref.name)
 
 
 def _find_lasot(root: Path) -> Iterator[SequenceRef]:
     for folder in _folders(root):
         truth = folder / VIDEO_TRUTH
-        if truth.is_file() and (folder / "full_occlusion.txt").is_file() and (folder / "img").is_dir():
+        if truth.is_file() and (folder / OCCLUDED).is_file() and (folder / "img").is_dir():
             yield SequenceRef(folder.resolve().name, "lasot", root, folder / "img", truth)
 
 
@@ -191,16 +210,19 @@ def _load_lasot(ref: SequenceRef) -> Sequence:
     folder = ref.truth.parent
     frames, truth = image_paths(ref.images), read_rows(ref.truth)
     check_counts(ref.truth, len(frames), len(truth))
-    absent = _labels(folder / "full_occlusion.txt", len(frames)) | _labels(folder / "out_of_view.txt", len(frames))
+    absent = _labels(folder / OCCLUDED, len(frames)) | _labels(folder / OUT_OF_VIEW, len(frames))
+    return Sequence(ref.name, frames, without_empty(truth), ~absent)
+
+
+def _lasot_attributes(ref: SequenceRef) -> tuple[str, ...]:
     places = (ref.root / "att", ref.root / "annos" / "att")
-    found = attributes.read_flags(places, ref.name, attributes.LASOT_ORDER) or attributes.read_pysot(ref.root, ref.name)
-    return Sequence(ref.name, frames, without_empty(truth), ~absent, found)
+    return attributes.read_flags(places, ref.name, attributes.LASOT_ORDER) or attributes.read_pysot(ref.root, ref.name)
 
 
 def _find_got10k(root: Path) -> Iterator[SequenceRef]:
     for folder in _folders(root):
         truth = folder / VIDEO_TRUTH
-        labelled = any((folder / name).is_file() for name in ("meta_info.ini", "cover.label", "absence.label"))
+        labelled = any((folder / name).is_file() for name in ("meta_info.ini", COVER, "absence.label"))
         if truth.is_file() and (labelled or folder.name.startswith("GOT-10k_")):
             yield SequenceRef(folder.resolve().name, "got10k", root, folder, truth)
 
@@ -208,9 +230,9 @@ def _find_got10k(root: Path) -> Iterator[SequenceRef]:
 def _load_got10k(ref: SequenceRef) -> Sequence:
     frames, truth = image_paths(ref.images), read_rows(ref.truth)
     truth = _first_box_only(ref.truth, truth, len(frames))
-    cover = ref.images / "cover.label"
+    cover = ref.images / COVER
     visible = _labels(cover, len(frames)) if cover.is_file() else None
-    return Sequence(ref.name, frames, without_empty(truth), visible, attributes.read_got10k(ref.images))
+    return Sequence(ref.name, frames, without_empty(truth), visible)
 
 
 def _find_trackingnet(root: Path) -> Iterator[SequenceRef]:
@@ -259,7 +281,7 @@ def _find_folder(root: Path) -> Iterator[SequenceRef]:
 def _load_folder(ref: SequenceRef) -> Sequence:
     if ref.truth.is_dir():
         return _load_masks(ref)
-    return dataclasses.replace(read_video_folder(ref.truth.parent), name=ref.name)
+    return read_video_folder(ref.truth.parent)
 
 
 def _masks(folder: Path) -> dict[str, Path]:
@@ -284,14 +306,38 @@ def _labels(path: Path, count: int) -> NDArray[np.bool_]:
     return np.array(values) > 0
 
 
+def _no_attributes(ref: SequenceRef) -> tuple[str, ...]:
+    return ()
+
+
 # From the most to the least telling: "auto" gives a folder to the first that knows it.
 LAYOUTS = {
-    "davis": Layout(_find_davis, _load_masks, None, "JPEGImages/480p/NAME and Annotations/480p/NAME"),
-    "uav123": Layout(lambda root: _find_uav(root, "UAV123"), _load_uav, "pysot", "anno/UAV123 and data_seq/UAV123"),
-    "uav20l": Layout(lambda root: _find_uav(root, "UAV20L"), _load_uav, "pysot", "anno/UAV20L and data_seq/UAV123"),
-    "trackingnet": Layout(_find_trackingnet, _load_trackingnet, "trackingnet", "frames/NAME and anno/NAME.txt"),
-    "otb": Layout(_find_otb, _load_otb, "pysot", f"NAME/img and NAME/{OTB_TRUTH} (1-based)"),
-    "lasot": Layout(_find_lasot, _load_lasot, "lasot", f"CLASS/NAME/img, {VIDEO_TRUTH} and full_occlusion.txt"),
-    "got10k": Layout(_find_got10k, _load_got10k, "got10k", f"NAME/*.jpg, {VIDEO_TRUTH} and meta_info.ini"),
-    "folder": Layout(_find_folder, _load_folder, None, f"NAME/img and NAME/{VIDEO_TRUTH} (0-based) or NAME/mask"),
+    "davis": Layout(_find_davis, _load_masks, _no_attributes, None, "JPEGImages/480p/NAME and Annotations/480p/NAME"),
+    "uav123": Layout(
+        lambda root: _find_uav(root, "UAV123"), _load_uav, _uav_attributes, "pysot", "anno/UAV123 and data_seq/UAV123"
+    ),
+    "uav20l": Layout(
+        lambda root: _find_uav(root, "UAV20L"), _load_uav, _uav_attributes, "pysot", "anno/UAV20L and data_seq/UAV123"
+    ),
+    "trackingnet": Layout(
+        _find_trackingnet, _load_trackingnet, _no_attributes, "trackingnet", "frames/NAME and anno/NAME.txt"
+    ),
+    "otb": Layout(_find_otb, _load_otb, _otb_attributes, "pysot", f"NAME/img and NAME/{OTB_TRUTH} (1-based)"),
+    "lasot": Layout(
+        _find_lasot, _load_lasot, _lasot_attributes, "lasot", f"CLASS/NAME/img, {VIDEO_TRUTH} and {OCCLUDED}"
+    ),
+    "got10k": Layout(
+        _find_got10k,
+        _load_got10k,
+        lambda ref: attributes.read_got10k(ref.images),
+        "got10k",
+        f"NAME/*.jpg, {VIDEO_TRUTH} and meta_info.ini",
+    ),
+    "folder": Layout(
+        _find_folder,
+        _load_folder,
+        _no_attributes,
+        None,
+        f"NAME/img and NAME/{VIDEO_TRUTH} (0-based) or NAME/{MASKS[0]}",
+    ),
 }

@@ -1,8 +1,8 @@
 """Tracking metrics as pure functions of boxes: ours, which score what a user can rely on.
 
-They are given scored frames only (`evaluation.ope.scored_frames`): the starting frame is left out, because its box was
-given away, and so are frames without truth. Benchmarks count these frames in ways of their own; their numbers are in
-`evaluation.official`. Where every frame is labelled the two differ by the starting frame alone.
+They are given scored frames only (`evaluation.onepass.scored_frames`): the starting frame is left out, because its box
+was given away, and so are frames without truth. Benchmarks count these frames in ways of their own; their numbers are
+in `evaluation.official`. Where every frame is labelled the two differ by the starting frame alone.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def precision(boxes_xywh: ArrayLike, truth_xywh: ArrayLike, threshold_px: float 
     Raises:
         ValueError: the shapes differ, or a truth row is NaN.
     """
-    dx, dy, _ = centre_offsets(boxes_xywh, truth_xywh)
-    return float(np.mean(np.hypot(dx, dy) <= threshold_px)) if dx.size else float("nan")
+    pixels, _ = centre_distances(boxes_xywh, truth_xywh)
+    return float(np.mean(pixels <= threshold_px)) if pixels.size else float("nan")
 
 
 def norm_precision(boxes_xywh: ArrayLike, truth_xywh: ArrayLike, threshold: float = 0.2) -> float:
@@ -59,8 +59,8 @@ def norm_precision(boxes_xywh: ArrayLike, truth_xywh: ArrayLike, threshold: floa
     Raises:
         ValueError: the shapes differ, or a truth row is NaN.
     """
-    dx, dy, size = centre_offsets(boxes_xywh, truth_xywh)
-    return float(np.mean(np.hypot(dx / size[:, 0], dy / size[:, 1]) <= threshold)) if dx.size else float("nan")
+    _, normalised = centre_distances(boxes_xywh, truth_xywh)
+    return float(np.mean(normalised <= threshold)) if normalised.size else float("nan")
 
 
 def success_curve(ious: ArrayLike) -> NDArray[np.float64]:
@@ -113,10 +113,11 @@ def mean_row(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return mean
 
 
-def centre_offsets(
-    boxes_xywh: ArrayLike, truth_xywh: ArrayLike
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Centre offsets dx and dy, each ``[F]`` in pixels, and the true sizes ``[F, 2]``; raises as `precision`."""
+def centre_distances(boxes_xywh: ArrayLike, truth_xywh: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Distances of the centres, ``[F]`` in pixels, and ``[F]`` of offsets divided by the true width and height.
+
+    The half pixels of toolkits (x + (w - 1) / 2, or + 1) cancel between two boxes. Raises as `precision`.
+    """
     boxes = np.asarray(boxes_xywh, dtype=np.float64)
     truth = np.asarray(truth_xywh, dtype=np.float64)
     if boxes.shape != truth.shape or boxes.ndim != 2 or boxes.shape[1] != 4:
@@ -124,4 +125,5 @@ def centre_offsets(
     if np.isnan(truth).any():
         raise ValueError("truth has NaN rows; leave out the frames without truth first (see scored_frames)")
     offset = boxes[:, :2] + boxes[:, 2:] / 2 - truth[:, :2] - truth[:, 2:] / 2
-    return offset[:, 0], offset[:, 1], truth[:, 2:]
+    with np.errstate(divide="ignore", invalid="ignore"):  # a true box that was rounded to nothing
+        return np.hypot(*offset.T), np.hypot(*(offset / truth[:, 2:]).T)

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.metrics import THRESHOLDS, success_auc
+from evaluation.metrics import THRESHOLDS, centre_distances, success_auc
+from evaluation.sequences import is_box
 from siamtrack.boxes import iou_xywh
 
 Floats = NDArray[np.float64]
@@ -49,8 +50,7 @@ class Run:
     @property
     def labelled(self) -> NDArray[np.bool_]:
         """``[F]``: True where there is a true box of some area."""
-        finite = np.isfinite(self.truth_xywh).all(axis=1)
-        return np.logical_and(finite, (self.truth_xywh[:, 2:] > 0).all(axis=1))
+        return is_box(self.truth_xywh)
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ def score_pysot(run: Run) -> dict[str, float]:
     boxes, truth = run.boxes_xywh[known], run.truth_xywh[known]
     centre = truth[:, :2] + (truth[:, 2:] - 1) / 2
     placed = (centre > 0).all(axis=1)
-    offset = _offsets(boxes, truth)
-    far = placed & ~(np.hypot(*offset.T) <= PRECISION_PX)
-    far_norm = placed & ~(np.hypot(*(offset / truth[:, 2:]).T) <= NORM_PRECISION)
+    pixels, normalised = centre_distances(boxes, truth)
+    far = placed & ~(pixels <= PRECISION_PX)
+    far_norm = placed & ~(normalised <= NORM_PRECISION)
     return {
         "frames": count,
         "success": success_auc(iou_xywh(boxes, truth)) * known.sum() / count if known.any() else 0.0,
@@ -95,12 +95,12 @@ def score_lasot(run: Run) -> dict[str, float]:
     count = len(run.boxes_xywh)
     known = run.labelled & run.visible
     boxes, truth = run.boxes_xywh[known], run.truth_xywh[known]
-    offset = _offsets(boxes, truth)
+    pixels, normalised = centre_distances(boxes, truth)
     return {
         "frames": count,
         "success": success_auc(iou_xywh(boxes, truth)) * known.sum() / count if known.any() else 0.0,
-        "precision": float((np.hypot(*offset.T) <= PRECISION_PX).sum()) / count,
-        "norm_precision": float((np.hypot(*(offset / truth[:, 2:]).T) <= NORM_PRECISION).sum()) / count,
+        "precision": float((pixels <= PRECISION_PX).sum()) / count,
+        "norm_precision": float((normalised <= NORM_PRECISION).sum()) / count,
     }
 
 
@@ -115,9 +115,7 @@ def score_trackingnet(run: Run) -> dict[str, float]:
         return {"frames": 0, "success": float("nan"), "precision": float("nan"), "norm_precision": float("nan")}
     boxes[0] = truth[0]
     ious = iou_xywh(boxes, truth)
-    offset = _offsets(boxes, truth)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a true box that rounds to nothing
-        norm = np.hypot(*(offset / truth[:, 2:]).T)
+    pixels, normalised = centre_distances(boxes, truth)
 
     def area(hits: Floats) -> float:
         return float((hits[1:] + hits[:-1]).mean() / 2)  # trapezoids over an axis stretched to 0..1
@@ -125,8 +123,8 @@ def score_trackingnet(run: Run) -> dict[str, float]:
     return {
         "frames": int(known.sum()),
         "success": area(np.array([np.mean(ious >= threshold) for threshold in THRESHOLDS])),
-        "precision": area(np.array([np.mean(np.hypot(*offset.T) <= 50 * share) for share in THRESHOLDS])),
-        "norm_precision": area(np.array([np.mean(norm <= 0.5 * share) for share in THRESHOLDS])),
+        "precision": area(np.array([np.mean(pixels <= 50 * share) for share in THRESHOLDS])),
+        "norm_precision": area(np.array([np.mean(normalised <= 0.5 * share) for share in THRESHOLDS])),
     }
 
 
@@ -170,11 +168,6 @@ def overall(scoring: Scoring, rows: Sequence[dict[str, float]]) -> dict[str, flo
         known = np.isfinite(values)
         result[column] = float(np.average(values[known], weights=weights[known])) if known.any() else float("nan")
     return result
-
-
-def _offsets(boxes_xywh: Floats, truth_xywh: Floats) -> Floats:
-    """Centre offsets ``[F, 2]``. The toolkits' half pixels (x + (w - 1) / 2, or + 1) cancel between two boxes."""
-    return boxes_xywh[:, :2] + boxes_xywh[:, 2:] / 2 - truth_xywh[:, :2] - truth_xywh[:, 2:] / 2
 
 
 def _into_image(boxes_xywh: Floats, size_px: tuple[int, int]) -> Floats:

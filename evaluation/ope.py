@@ -25,7 +25,7 @@ from tqdm import tqdm
 from evaluation.layouts import LAYOUTS, SequenceRef, find_sequences
 from evaluation.parallel import Job, run_jobs
 from evaluation.peers import PEERS
-from evaluation.records import read_header, record_path, write_record
+from evaluation.records import read_header, records_of, write_attributes, write_record
 from evaluation.sequences import image_paths
 from evaluation.tables import load_runs, markdown, tables, write_rows
 from evaluation.trackers import TrackerSpec, model_spec, peer_spec
@@ -83,6 +83,8 @@ def choose(refs: Sequence[SequenceRef], names: Sequence[str]) -> list[SequenceRe
 def plan(specs: Sequence[TrackerSpec], refs: Sequence[SequenceRef], out: Path, rerun: bool = False) -> list[Job]:
     """What is left to do: jobs without a complete result.
 
+    With `rerun`, results of another model, other parameters or other data under these names are deleted.
+
     Raises:
         ValueError: nothing to evaluate, two trackers of one name, or results of another model or other parameters.
     """
@@ -91,27 +93,49 @@ def plan(specs: Sequence[TrackerSpec], refs: Sequence[SequenceRef], out: Path, r
         raise ValueError("nothing to evaluate: name a model, or a peer with --peers")
     if len(set(names)) < len(names):
         raise ValueError(f"two trackers of one name among {', '.join(names)}; write NAME=MODEL to rename one")
-    digests = {ref.name: ref.digest() for ref in refs}
-    lengths = {ref.name: len(image_paths(ref.images)) for ref in refs}
+    digests = {ref.name: _digest(ref) for ref in refs}
     jobs = []
     for spec in specs:
-        fingerprint, done, stale = spec.fingerprint(), 0, []
-        for ref in refs:
-            header = read_header(record_path(out, spec.name, ref.name))
-            if header and (header.fingerprint, header.digest) == (fingerprint, digests[ref.name]):
-                done += 1
-                continue
-            if header:
-                stale.append(ref.name if header.fingerprint == fingerprint else f"{ref.name} ({header.fingerprint})")
-            jobs.append(Job(spec, ref, lengths[ref.name]))
+        fingerprint = spec.fingerprint()
+        found = {path: header for path in records_of(out, spec.name) if (header := read_header(path))}
+        stale = {
+            path: header
+            for path, header in found.items()
+            if header.fingerprint != fingerprint or digests.get(header.sequence, header.digest) != header.digest
+        }
         if stale and not rerun:
+            path, header = next(iter(stale.items()))
             raise ValueError(
                 f"{out} holds {len(stale)} results called {spec.name} that are not of this model, these tracking "
-                f"parameters or this data ({fingerprint}), such as {stale[0]}; give --rerun to replace them, another "
-                f"--out, or another name (NAME={spec.model or spec.peer})"
+                f"parameters or this data ({fingerprint}), such as {path.stem} ({header.fingerprint}); give --rerun to "
+                f"replace them, another --out, or another name (NAME={spec.model or spec.peer})"
             )
-        print(f"{spec.name} ({fingerprint}): {len(refs) - done} sequences to run, {done} done before", file=sys.stderr)
+        for path in stale:  # now, so that no table mixes them with new ones, however far this run comes
+            path.unlink()
+        done = {header.sequence: path for path, header in found.items() if path not in stale}
+        for ref in refs:
+            if ref.name not in done:
+                jobs.append(Job(spec, ref, _length(ref)))
+            elif found[done[ref.name]].attributes != ref.attributes():
+                write_attributes(done[ref.name], ref.attributes())
+        left = sum(ref.name not in done for ref in refs)
+        print(f"{spec.name} ({fingerprint}): {left} sequences to run, {len(refs) - left} done before", file=sys.stderr)
     return jobs
+
+
+def _digest(ref: SequenceRef) -> str:
+    """Its digest; "" where a part of it is missing, which no record has. Its job then says what it is."""
+    try:
+        return ref.digest()
+    except OSError:
+        return ""
+
+
+def _length(ref: SequenceRef) -> int:
+    try:
+        return len(image_paths(ref.images))
+    except OSError:
+        return 0
 
 
 def work(jobs: Sequence[Job], out: Path, processes: int, cluster: str | None) -> list[str]:
@@ -153,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--names", nargs="*", default=[], help="only these sequences; @FILE for a list in a file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results")
-    parser.add_argument("--rerun", action="store_true", help="replace results of another model or other parameters")
+    parser.add_argument(
+        "--rerun", action="store_true", help="delete results of another model or other data, and make them anew"
+    )
     parser.add_argument("--processes", type=_count, default=1, help="sequences at once (default 1)")
     parser.add_argument(
         "--cluster",

@@ -41,7 +41,7 @@ class Header:
         fingerprint: hash of its model and tracking parameters (`evaluation.trackers.TrackerSpec.fingerprint`).
         sequence: name of the sequence.
         layout: name of its layout.
-        digest: hash of its truth and image names (`SequenceRef.digest`).
+        digest: hash of its truth, visibility and image names (`SequenceRef.digest`).
         root: the data set's folder when it was run.
         images: folder of its images, relative to that.
         size_px: width and height of the images.
@@ -79,6 +79,11 @@ def record_path(out: Path, tracker: str, sequence: str) -> Path:
     return out / RECORDS / tracker / f"{sequence}.csv"
 
 
+def records_of(out: Path, tracker: str) -> list[Path]:
+    """All records of a tracker below the folder of results, by name."""
+    return sorted((out / RECORDS / tracker).glob("*.csv"))
+
+
 def write_record(
     out: Path, tracker: str, fingerprint: str, ref: SequenceRef, sequence: Sequence, result: Result
 ) -> Path:
@@ -112,6 +117,13 @@ def write_record(
         _write_form(out / form / tracker, form, ref.name, result)
     _write(path, text.getvalue())
     return path
+
+
+def write_attributes(path: Path, attributes: tuple[str, ...]) -> None:
+    """Put other attributes into a record; what the tracker did stays."""
+    first, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    header = {**json.loads(first.removeprefix("# ")), "attributes": attributes}
+    _write(path, f"# {json.dumps(header)}\n{rest}")
 
 
 def read_header(path: Path) -> Header | None:

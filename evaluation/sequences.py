@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from siamtrack.sources import natural_key
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 OTB_TRUTH = "groundtruth_rect.txt"
 VIDEO_TRUTH = "groundtruth.txt"
@@ -67,7 +69,7 @@ class Sequence:
     @property
     def has_truth(self) -> NDArray[np.bool_]:
         """``[F]``: True where the frame has a box of some area."""
-        return _is_box(self.truth_xywh)
+        return is_box(self.truth_xywh)
 
     @property
     def scorable(self) -> NDArray[np.bool_]:
@@ -149,8 +151,7 @@ def image_paths(images: Path) -> tuple[Path, ...]:
     paths = [path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
     if not paths:
         raise FileNotFoundError(f"no image in {images}; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-    # By number where names are numbers: unpadded ones would sort 1, 10, 2.
-    return tuple(sorted(paths, key=lambda path: (int(path.stem) if path.stem.isdecimal() else -1, path.name)))
+    return tuple(sorted(paths, key=natural_key))
 
 
 def read_rows(path: Path) -> NDArray[np.float64]:
@@ -181,10 +182,11 @@ def read_rows(path: Path) -> NDArray[np.float64]:
 
 def without_empty(truth_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
     """Rows without a positive, finite size become NaN: several data sets write 0,0,0,0 for an absent target."""
-    return np.where(_is_box(truth_xywh)[:, None], truth_xywh, np.nan)
+    return np.where(is_box(truth_xywh)[:, None], truth_xywh, np.nan)
 
 
-def _is_box(boxes_xywh: NDArray[np.float64]) -> NDArray[np.bool_]:
+def is_box(boxes_xywh: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """``[F]``: True where a row of ``[F, 4]`` is finite and has a positive size."""
     finite = np.isfinite(boxes_xywh).all(axis=1)
     return np.logical_and(finite, (boxes_xywh[:, 2:] > 0).all(axis=1))
 

@@ -13,7 +13,7 @@ from evaluation.layouts import LAYOUTS
 from evaluation.metrics import STATES, mean_row
 from evaluation.official import SCORINGS, overall
 from evaluation.onepass import official_run, summarise
-from evaluation.records import RECORDS, Record, read_record
+from evaluation.records import RECORDS, Record, read_record, records_of
 
 MEANS = {
     "auc": "AUC",
@@ -24,6 +24,11 @@ MEANS = {
     "ao": "AO",
     "ms_median": "ms median",
     "ms_p95": "ms p95",
+}
+STATE_COLUMNS = {
+    f"{kind}_{state.lower()}": title
+    for state in STATES
+    for kind, title in (("share", state), ("hit", f"on target in {state}"))
 }
 
 
@@ -77,24 +82,25 @@ def load_runs(folders: Sequence[Path], root: Path | None = None, trackers: Seque
 
     Args:
         folders: written by ``evaluation.ope --out``; where two hold a tracker of one name, the folder's name is put
-            before it.
+            before it, or as much of its path as tells them apart.
         root: the data set's folder, where it has moved since.
         trackers: only these; all when empty.
 
     Raises:
         FileNotFoundError: a folder holds no results, or the trackers have no sequence in common.
-        ValueError: a record cannot be read.
+        ValueError: a record cannot be read, or a tracker's records are of two models or settings.
     """
     found: dict[str, dict[str, Record]] = {}
-    names = [path.name for folder in folders for path in _tracker_folders(folder)]
+    sources: list[tuple[Path, str]] = []
     for folder in folders:
-        if not _tracker_folders(folder):
+        names = _trackers(folder)
+        if not names:
             raise FileNotFoundError(f"no results in {folder}; expected the --out folder of python -m evaluation.ope")
-        for path in _tracker_folders(folder):
-            if not trackers or path.name in trackers:
-                title = path.name if names.count(path.name) == 1 else f"{folder.resolve().name}/{path.name}"
-                records = [read_record(file, root) for file in sorted(path.glob("*.csv"))]
-                found[title] = {record.header.sequence: record for record in records}
+        sources += [(folder, name) for name in names if not trackers or name in trackers]
+    for title, (folder, name) in zip(_titles(sources), sources, strict=True):
+        records = [read_record(file, root) for file in records_of(folder, name)]
+        _check_one_model(folder / RECORDS / name, records)
+        found[title] = {record.header.sequence: record for record in records}
     common = set.intersection(*(set(records) for records in found.values())) if found else set()
     if not common:
         raise FileNotFoundError(f"the trackers {', '.join(found) or '(none)'} have no finished sequence in common")
@@ -156,15 +162,20 @@ def _means(runs: Runs) -> Table:
 def _official(runs: Runs) -> list[Table]:
     """A table for each benchmark that the sequences belong to."""
     parts = []
-    layouts = {record.header.layout for record in runs.records[runs.trackers[0]].values()}
-    for name in sorted({LAYOUTS[layout].scoring or "" for layout in layouts} - {""}):
+    for layout in sorted({record.header.layout for record in runs.records[runs.trackers[0]].values()}):
+        name = LAYOUTS[layout].scoring
+        if name is None:
+            continue
         scoring, rows = SCORINGS[name], []
         for tracker in runs.trackers:
-            mine = [r for r in runs.records[tracker].values() if LAYOUTS[r.header.layout].scoring == name]
+            mine = [r for r in runs.records[tracker].values() if r.header.layout == layout]
             total = overall(scoring, [scoring.score(official_run(r.result, r.sequence)) for r in mine])
             rows.append((tracker, *(total[column] for column in scoring.columns)))
-        note = f"As {name}'s toolkit counts, for comparison with published tables (see docs/evaluation.md)."
-        parts.append(Table(f"Benchmark's own numbers: {name}", note, ("tracker", *scoring.columns), tuple(rows)))
+        note = (
+            f"{len(mine)} sequences, counted as {name} counts, for comparison with published tables of the same "
+            "sequences (see docs/evaluation.md)."
+        )
+        parts.append(Table(f"Benchmark's own numbers: {layout}", note, ("tracker", *scoring.columns), tuple(rows)))
     return parts
 
 
@@ -172,11 +183,10 @@ def _by_attribute(runs: Runs) -> Table:
     """Mean AUC of the sequences that have an attribute, a row an attribute."""
     first = runs.records[runs.trackers[0]]
     names = sorted({attribute for record in first.values() for attribute in record.header.attributes})
-    auc = {name: [row["auc"] for row in runs.rows(name)] for name in runs.trackers}
     rows = []
     for attribute in names:
         chosen = [i for i, name in enumerate(runs.sequences) if attribute in first[name].header.attributes]
-        means = (float(sum(auc[tracker][i] for i in chosen)) / len(chosen) for tracker in runs.trackers)
+        means = (mean_row([runs.rows(tracker)[i] for i in chosen])["auc"] for tracker in runs.trackers)
         rows.append((attribute, len(chosen), *means))
     return Table("AUC by attribute", "", ("attribute", "sequences", *runs.trackers), tuple(rows))
 
@@ -189,16 +199,36 @@ def _by_sequence(runs: Runs) -> Table:
 
 
 def _states(runs: Runs) -> Table:
-    keys = [f"{kind}_{state.lower()}" for state in STATES for kind in ("share", "hit")]
-    titles = [title for state in STATES for title in (state, f"on target in {state}")]
-    rows = tuple((name, *(mean_row(runs.rows(name))[key] for key in keys)) for name in runs.trackers)
+    rows = tuple((name, *(mean_row(runs.rows(name))[key] for key in STATE_COLUMNS)) for name in runs.trackers)
     note = "Share of frames in each state, and of those the share whose box is on the target (IoU above 0.3)."
-    return Table("States", note, ("tracker", *titles), rows)
+    return Table("States", note, ("tracker", *STATE_COLUMNS.values()), rows)
 
 
-def _tracker_folders(folder: Path) -> list[Path]:
+def _trackers(folder: Path) -> list[str]:
     records = folder / RECORDS
-    return sorted(path for path in records.iterdir() if any(path.glob("*.csv"))) if records.is_dir() else []
+    names = sorted(path.name for path in records.iterdir()) if records.is_dir() else []
+    return [name for name in names if records_of(folder, name)]
+
+
+def _titles(sources: Sequence[tuple[Path, str]]) -> list[str]:
+    """Names of trackers, with as many of their folder's last parts before them as makes each of them the only one."""
+    paths = [(*folder.resolve().parts, name) for folder, name in sources]
+    titles = []
+    for path in paths:
+        twins = [other for other in set(paths) - {path} if other[-1] == path[-1]]
+        parts = next(n for n in range(1, len(path) + 1) if all(other[-n:] != path[-n:] for other in twins))
+        titles.append("/".join(path[-parts:]))
+    return titles
+
+
+def _check_one_model(folder: Path, records: Sequence[Record]) -> None:
+    models = {record.header.fingerprint: record.header.sequence for record in records}
+    if len(models) > 1:
+        (a, on_a), (b, on_b), *_ = models.items()
+        raise ValueError(
+            f"{folder} holds results of several models or settings ({on_a}: {a}; {on_b}: {b}); run python -m "
+            "evaluation.ope with --rerun, or delete those that do not belong"
+        )
 
 
 def _check_same_truth(records: Mapping[str, Mapping[str, Record]]) -> None:

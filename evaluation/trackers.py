@@ -14,7 +14,7 @@ import cv2
 from evaluation.onepass import Tracker
 from evaluation.peers import create_peer
 from siamtrack.bundle import TrackingSpec, load_bundle, shipped_models
-from siamtrack.runners import open_runner
+from siamtrack.runners import cpu_precision, open_runner
 from siamtrack.tracker import SiamTracker
 
 
@@ -51,9 +51,13 @@ class TrackerSpec:
     def _facts(self) -> dict[str, object]:
         if self.peer:
             return {"peer": self.peer, "opencv": cv2.__version__}
-        manifest = load_bundle(self.model).manifest
+        bundle = load_bundle(self.model)
+        manifest = bundle.manifest
+        graphs = {name: graph.sha256 for name, graph in manifest.graphs.items()}
+        if self.precision in ("auto", "int8"):
+            graphs |= {f"{name} in INT8": manifest.int8[name].sha256 for name in bundle.int8_paths}
         return {
-            "graphs": {name: graph.sha256 for name, graph in manifest.graphs.items()},
+            "graphs": graphs,
             "crop": asdict(manifest.crop),
             "grid": asdict(manifest.grid),
             "thresholds": asdict(manifest.score.thresholds),
@@ -74,18 +78,17 @@ def model_spec(
 
     Raises:
         BundleError: no such model, or a damaged one.
-        ValueError: a tracking parameter that does not exist.
+        ValueError: a tracking parameter that does not exist, or a fraction for one that is a count.
     """
     name, separator, model = text.rpartition("=")
     bundle = load_bundle(model)
-    known = [field.name for field in fields(bundle.manifest.tracking)]
-    for parameter, _ in tracking:
-        if parameter not in known:
-            raise ValueError(f"no tracking parameter {parameter!r}; expected one of {', '.join(known)}")
+    _tracking(bundle.manifest.tracking, tracking)
     title = name if separator else bundle.path.resolve().name
     # A shipped model goes by its name, which holds on every machine; a folder by a path that holds in every process.
     where = model if model in shipped_models() else str(bundle.path.resolve())
-    precision = precision or (bundle.manifest.precision if backend == "onnxruntime" else "auto")
+    if backend == "onnxruntime":  # settled here: what "auto" means must not change from process to process
+        precision = cpu_precision(bundle, precision or bundle.manifest.precision).precision
+    precision = precision or "auto"
     return TrackerSpec(title, where, "", backend, precision, threads, tuple(tracking))
 
 
@@ -106,6 +109,13 @@ def make_tracker(spec: TrackerSpec) -> Tracker:
 
 
 def _tracking(tracking: TrackingSpec, changes: Sequence[tuple[str, float]]) -> TrackingSpec:
+    known = [field.name for field in fields(tracking)]
     whole = {field.name for field in fields(tracking) if field.type in ("int", int)}
-    values: dict[str, Any] = {name: int(value) if name in whole else value for name, value in changes}
+    values: dict[str, Any] = {}
+    for name, value in changes:
+        if name not in known:
+            raise ValueError(f"no tracking parameter {name!r}; expected one of {', '.join(known)}")
+        if name in whole and not float(value).is_integer():
+            raise ValueError(f"{name} is a whole number, got {value:g}")
+        values[name] = int(value) if name in whole else value
     return replace(tracking, **values)

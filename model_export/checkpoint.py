@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from siamtrack.bundle import sha256
 from siamtrack.nets import MODELS
 from siamtrack.nets.build import build_model
+from siamtrack.nets.tensorfile import read_tensors
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,7 @@ def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
     Raises:
         ValueError: unreadable, of another model, or keys that do not fit.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # PyTorch's reader lets whatever a garbage file provokes through, such as IndexError
-        raise ValueError(f"{path}: not a checkpoint of tensors and plain values: {error}") from error
+    content = read_tensors(path)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path}: neither a checkpoint of training.train nor a state dict")
     recipe = _mapping(_mapping(content.get("hyper_parameters")).get("recipe"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -13,23 +14,21 @@ import pytest
 
 from evaluation.calibrate import (
     LOST_AFTER,
-    NEVER_LOST,
-    Clip,
-    Evidence,
     choose_thresholds,
-    closed_loop,
     in_bins,
     isotonic,
-    load_clips,
     main,
     plot,
     report,
     state_report,
+    write,
 )
+from evaluation.evidence import NEVER_LOST, Clip, Evidence, closed_loop, load_clips
 from evaluation.plots import LEFT, RIGHT, WIDTH, Line, reliability_plot
-from siamtrack.bundle import Bundle, load_bundle
+from siamtrack.bundle import Bundle, load_bundle, write_manifest
 from siamtrack.scene import Scene
 from siamtrack.state import Thresholds
+from tests.sequence_files import write_got10k
 
 
 @pytest.mark.parametrize(
@@ -68,13 +67,27 @@ def test_thresholds_lie_where_the_shares_are_reached() -> None:
 def test_states_do_not_flicker_where_the_score_is_sharp() -> None:
     scores = np.linspace(0, 1, 1001)
     thresholds = choose_thresholds(Evidence(scores, np.where(scores > 0.3, 0.9, 0.0), np.zeros(10)))
-    assert (thresholds.uncertain_below, thresholds.tracking_above) == (0.30, 0.35)
+    assert (thresholds.uncertain_below, thresholds.tracking_above) == (0.301, 0.351)
 
 
 def test_a_target_found_must_beat_windows_without_it() -> None:
     evidence = made_up()
     confusing = Evidence(evidence.scores, evidence.ious, np.linspace(0, 1, 1001))
     assert choose_thresholds(confusing).found_above == pytest.approx(0.95, abs=0.01)
+
+
+def test_a_target_can_be_found_again_where_scores_crowd_near_one() -> None:
+    """A softmax of many cells says 0.999 of nearly everything: what tells apart is behind the second digit."""
+    on, off = np.linspace(0.99, 0.99998, 900), np.linspace(0.9, 0.98, 100)
+    evidence = Evidence(np.append(on, off), np.append(np.full(900, 0.8), np.zeros(100)), np.linspace(0.9, 0.9996, 1000))
+    easy = choose_thresholds(evidence)
+    assert easy.uncertain_below == 0.99
+    for threshold in (easy.tracking_above, easy.found_above):  # 0.05 more than 0.99 would be out of reach
+        assert 0.09 < (on >= threshold).mean() < 0.11
+    hard = dataclasses.replace(evidence, absent=np.full(1000, 0.99999))  # all else looks more like the target than it
+    found_above = choose_thresholds(hard).found_above
+    assert 0.09 < (on >= found_above).mean() < 0.11
+    assert "by 1.00 of windows without it" in report(hard, choose_thresholds(hard))
 
 
 def test_a_score_that_says_nothing_never_means_tracking() -> None:
@@ -144,15 +157,17 @@ def sequences(tmp_path: Path) -> Path:
 
 
 def test_load_clips(sequences: Path) -> None:
-    assert [c.name for c in load_clips(sequences, None, 0)] == ["clip5", "clip6"]
-    with pytest.raises(ValueError, match="has no sequence clip9"):
+    (sequences / "broken").mkdir()
+    (sequences / "broken" / "groundtruth.txt").write_text("no images here")
+    assert [c.name for c in load_clips(sequences, ["clip5", "clip6"], 0)] == ["clip5", "clip6"]  # and reads no other
+    with pytest.raises(ValueError, match="no sequence called clip9"):
         load_clips(sequences, ["clip5", "clip9"], 1)
     with pytest.raises(ValueError, match="at least two clips"):
         load_clips(sequences, ["clip5"], 0)
 
 
 def test_closed_loop_counts_states_and_what_they_were_worth(sequences: Path, default_bundle: Bundle) -> None:
-    clips = load_clips(sequences, None, 0)
+    clips = load_clips(sequences, [], 0)
     sure = closed_loop(default_bundle, clips, NEVER_LOST)
     assert (sure["frames"], sure["share_tracking"], sure["hit_tracking"]) == (22, 1.0, 1.0)
     assert np.isnan(sure["hit_lost"])
@@ -170,7 +185,7 @@ def test_closed_loop_takes_a_hidden_target_for_a_miss_and_leaves_out_what_is_unl
     hidden = Clip("scene", scene, (next(iter(scene)).box_xywh, None, None, None))
     row = closed_loop(default_bundle, [hidden], NEVER_LOST)
     assert (row["frames"], row["hit_tracking"]) == (3, 0.0)
-    clip = load_clips(sequences, None, 0)[0]
+    clip = load_clips(sequences, [], 0)[0]
     unlabelled = dataclasses.replace(clip, truth=(*clip.truth[:5], *[None] * 7))
     assert closed_loop(default_bundle, [unlabelled], NEVER_LOST)["frames"] == 4
 
@@ -184,6 +199,42 @@ def test_state_report() -> None:
         ["UNCERTAIN", "0.25", "0.50"],
         ["LOST", "0.00", "-"],
     ]
+    missed = {**row, "hit_tracking": 0.89, "share_lost": 0.1, "hit_lost": 0.11}
+    assert state_report({"frames": 40, **missed}).splitlines()[4:] == [
+        "goal missed: TRACKING means the target in fewer than 90% of its frames",
+        "goal missed: LOST means the target in more than 10% of its frames",
+    ]
+
+
+def test_a_hidden_target_is_no_evidence_and_no_start(tmp_path: Path, default_bundle: Bundle) -> None:
+    """GOT-10k and LaSOT have boxes of targets that cannot be seen: a template of the occluder would follow that."""
+    folder = write_got10k(tmp_path / "GOT-10k_Val_000001", cover=(8, 8, 0, 0, 8))
+    write_got10k(tmp_path / "GOT-10k_Val_000002")
+    clip = load_clips(tmp_path, [folder.name], 1)[0]
+    assert [truth is not None for truth in clip.truth] == [True, True, False, False, True]
+
+
+def test_an_unusable_frame_is_named(
+    sequences: Path, default_bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sequences / "clip6" / "img" / "00003.png").write_text("no image")
+    assert main([str(default_bundle.path), "--sequences", str(sequences), "--scenes", "0"]) == 2
+    assert re.search(r"calibrate: clip6: cannot decode .*00003\.png", capsys.readouterr().err)
+
+
+def test_thresholds_of_another_tracker_are_not_written(default_bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(default_bundle.path, folder)
+    bundle, thresholds = load_bundle(folder), Thresholds(0.8, 0.7, 0.2, 10, 0.9)
+    noted = dataclasses.replace(bundle.manifest, accuracy={"dev_success_auc": 0.5})
+    write_manifest(folder, noted)  # what another command notes meanwhile stays
+    write(bundle, thresholds, "by hand")
+    score = dataclasses.replace(noted.score, thresholds=thresholds, calibration="by hand")
+    assert load_bundle(folder).manifest == dataclasses.replace(noted, score=score)
+    tracking = dataclasses.replace(noted.tracking, penalty_k=0.123)
+    write_manifest(folder, dataclasses.replace(noted, tracking=tracking))
+    with pytest.raises(ValueError, match="other graphs or tracking parameters than when this began"):
+        write(bundle, thresholds, "by hand")
 
 
 def test_command_writes_thresholds_that_load(
@@ -200,7 +251,7 @@ def test_command_writes_thresholds_that_load(
     assert load_bundle(folder).manifest == default_bundle.manifest  # without --write nothing changes
     assert main([str(folder), "--sequences", str(sequences), *names, "--write"]) == 0
     score = load_bundle(folder).manifest.score
-    assert score.calibration == "evaluation.calibrate on clip5, clip6"
+    assert score.calibration == ("evaluation.calibrate on clip5, clip6; on the target in 1.00 of TRACKING, - of LOST")
     assert f"tracking_above {score.thresholds.tracking_above}" in capsys.readouterr().out
     assert main([str(tmp_path / "nothing"), "--sequences", str(sequences)]) == 2
 

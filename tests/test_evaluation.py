@@ -81,6 +81,9 @@ def test_frames_are_ordered_by_number(tmp_path):
     write_images(tmp_path / "img", TRUTH[[0] * 11], "{}.jpg")
     (tmp_path / "groundtruth_rect.txt").write_text("1,1,5,5\n" * 11)
     assert [int(path.stem) for path in read_otb(tmp_path).frames] == list(range(1, 12))
+    for path in (tmp_path / "img").iterdir():
+        path.rename(path.with_name(f"frame{path.name}"))
+    assert [path.stem for path in read_otb(tmp_path).frames] == [f"frame{number}" for number in range(1, 12)]
 
 
 def test_both_layouts_in_one_folder_and_one_sequence_by_itself(tmp_path):

@@ -77,11 +77,11 @@ def test_uav123_sequences_are_cut_from_shared_videos(tmp_path):
     write_rows(anno / "bike1.txt", truth[:4])
     write_rows(anno / "bird1_2.txt", TRUTH)
     (anno / "att").mkdir()
-    (anno / "att" / "bike1.txt").write_text("1,0,0,0,0,0,0,0,0,0,0,1")
+    (anno / "att" / "bike1.txt").write_text("1,0,1,0,0,0,0,0,1,0,0,1")
     assert names(tmp_path) == [("bike1", "uav123"), ("bird1_2", "uav123")]
     bike, bird = read_sequences(tmp_path, "uav123")
     assert bike.has_truth.tolist() == [True, True, False, True]  # as long as its truth, not as its video
-    assert bike.attributes == ("illumination variation", "low resolution")
+    assert bike.attributes == ("scale variation", "low resolution", "illumination variation", "similar object")
     assert [path.stem for path in bird.frames] == [f"{number:06d}" for number in range(775, 780)]
     np.testing.assert_array_equal(bird.truth_xywh, TRUTH)
     write_rows(anno / "bird1_3.txt", TRUTH)  # starts at image 1573, which is not there

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import re
+import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -21,7 +23,9 @@ from evaluation.peers import StaticTracker
 from evaluation.plots import Line, line_plot, line_style
 from evaluation.trackers import TrackerSpec, make_tracker, model_spec, peer_spec
 from siamtrack import Bundle
+from siamtrack.bundle import load_bundle, sha256, write_manifest
 from siamtrack.cluster import LOCAL_CLUSTER
+from siamtrack.runners import cpu_precision
 from tests.sequence_files import TRUTH, write_lasot, write_otb, write_video
 
 NAN = float("nan")
@@ -51,7 +55,7 @@ def test_the_command_writes_every_form(data, tmp_path, capsys):
     assert run(data, out) == 0
     said = capsys.readouterr()
     assert "| static | 0.262 |" in said.out and "2 sequences to run, 0 done before" in said.err
-    assert "Benchmark's own numbers: pysot" in said.out  # for the OTB one
+    assert "Benchmark's own numbers: otb\n\n1 sequences, counted as pysot counts" in said.out
     assert (out / "results.md").read_text() in said.out
     rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     assert [row["sequence"] for row in rows] == ["a_otb", "b_video", "mean"]
@@ -133,6 +137,38 @@ def test_results_of_something_else_are_refused_and_replaced_on_demand(data, tmp_
     assert "1 results called static" in capsys.readouterr().err
 
 
+def test_results_of_two_models_are_never_mixed(data, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert run(data, out) == 0
+    record = out / "boxes" / "static" / "b_video.csv"
+    record.write_text(record.read_text().replace('"fingerprint": "', '"fingerprint": "f'))
+    with pytest.raises(ValueError, match=r"results of several models or settings \(a_otb: [0-9a-f]+; b_video: f"):
+        tables.load_runs([out])
+    assert run(data, out, "--names", "a_otb") == 2  # not asked for, but it would stand in the same tables
+    assert "1 results called static" in capsys.readouterr().err
+    assert run(data, out, "--names", "a_otb", "--rerun") == 0
+    assert "1 done before" in capsys.readouterr().err and not record.exists()
+    monkeypatch.setattr(TrackerSpec, "fingerprint", lambda self: "another")
+    (data / "a_otb" / "img" / "0003.jpg").write_text("not an image")
+    assert run(data, out, "--rerun") == 1
+    assert set(written(out)) == {"b_video.csv"}  # no old result stands in for the one that failed
+
+
+def test_labels_that_come_later_are_seen(tmp_path, capsys):
+    root, out = tmp_path / "lasot", tmp_path / "out"
+    folder = write_lasot(root / "bird" / "bird-1")
+    assert run(root, out) == 0
+    (root / "att").mkdir()
+    (root / "att" / "bird-1.txt").write_text(",".join(["1"] + ["0"] * 13))
+    assert run(root, out) == 0  # attributes change no box
+    said = capsys.readouterr()
+    assert "0 sequences to run, 1 done before" in said.err and "| illumination variation | 1 |" in said.out
+    (folder / "full_occlusion.txt").write_text("0,0,0,1,0")  # this changes what is scored
+    assert run(root, out) == 2
+    assert run(root, out, "--rerun") == 0
+    assert "1 sequences, 3 scored frames" in capsys.readouterr().out
+
+
 def test_names_choose_sequences(data, tmp_path, capsys):
     (tmp_path / "split.txt").write_text("b_video\na_otb\n")
     assert [ref.name for ref in ope.choose(find_sequences(data), [f"@{tmp_path / 'split.txt'}"])] == [
@@ -163,6 +199,10 @@ def test_one_bad_sequence_does_not_end_the_others(data, tmp_path, capsys):
     said = capsys.readouterr()
     assert re.search(r"failed: static on a_otb: ValueError: cannot decode .*0003\.jpg", said.err)
     assert "1 sequences, 4 scored frames" in said.out
+    shutil.rmtree(data / "a_otb" / "img")
+    (data / "a_otb" / "img").mkdir()  # not unpacked yet
+    assert run(data, tmp_path / "out") == 1
+    assert "failed: static on a_otb: FileNotFoundError: no image in" in capsys.readouterr().err
 
 
 # Trackers
@@ -185,13 +225,30 @@ def test_a_fingerprint_holds_model_and_parameters(default_bundle: Bundle):
     assert more[0].name == "other" and prints[0] == plain.fingerprint()  # neither name nor threads change boxes
     assert len({plain.fingerprint(), *prints}) == 4
     assert plain.precision == default_bundle.manifest.precision  # not what this CPU is fast at
-    assert model_spec(name, "onnxruntime", 1, [], "auto").fingerprint() != plain.fingerprint()
+    assert model_spec(name, "onnxruntime", 1, [], "auto").precision == cpu_precision(default_bundle).precision
+    assert model_spec(name, "onnxruntime", 1, [], "int8").fingerprint() != plain.fingerprint()
     assert model_spec(name, "tensorrt", 1, []).precision == "auto"
     with pytest.raises(ValueError, match="no tracking parameter 'window'; expected one of penalty_k"):
         model_spec(name, "onnxruntime", 1, [("window", 0.5)])
+    with pytest.raises(ValueError, match=r"lost_windows is a whole number, got 2\.7"):
+        model_spec(name, "onnxruntime", 1, [("lost_windows", 2.7)])
     tracker = make_tracker(more[2])
     assert tracker.tracking.lost_windows == 7 and type(tracker.tracking.lost_windows) is int
     assert make_tracker(more[2]) is tracker
+
+
+def test_a_fingerprint_holds_the_int8_graphs(default_bundle: Bundle, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(default_bundle.path, folder)
+    before = [model_spec(str(folder), "onnxruntime", 1, [], p).fingerprint() for p in ("fp32", "int8")]
+    manifest = load_bundle(folder).manifest
+    search = manifest.int8["search"]
+    with (folder / search.file).open("ab") as file:
+        file.write(b"quantised otherwise")
+    changed = dataclasses.replace(search, sha256=sha256(folder / search.file))
+    write_manifest(folder, dataclasses.replace(manifest, int8={"search": changed}))
+    after = [model_spec(str(folder), "onnxruntime", 1, [], p).fingerprint() for p in ("fp32", "int8")]
+    assert before[0] == after[0] and before[1] != after[1]
 
 
 # In parallel
@@ -310,6 +367,10 @@ def test_trackers_of_one_name_are_told_apart(data, tmp_path):
     again = tmp_path / "again"
     assert run(data, again) == 0
     assert set(tables.load_runs([still, again]).trackers) == {"still/static", "again/static"}
+    old = tmp_path / "old" / "again"
+    shutil.copytree(again, old)
+    trackers = tables.load_runs([again, old, still]).trackers
+    assert set(trackers) == {f"{tmp_path.name}/again/static", "old/again/static", "still/static"}
 
 
 def test_the_page_holds_everything_itself(data, tmp_path, capsys):

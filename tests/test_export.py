@@ -403,10 +403,10 @@ def training_checkpoint(recipe: Any, state: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "model", "message"),
     [
-        (None, "siamcan-mobilenetv2", "no such checkpoint"),
-        (b"not a checkpoint at all", "siamcan-mobilenetv2", "not a checkpoint of tensors and plain values"),
-        (b".", "siamcan-mobilenetv2", "not a checkpoint of tensors"),  # a pickle that ends before it begins
-        (b"", "siamcan-mobilenetv2", "not a checkpoint of tensors"),
+        (None, "siamcan-mobilenetv2", "no such file"),
+        (b"not a checkpoint at all", "siamcan-mobilenetv2", "not a file of tensors and plain values"),
+        (b".", "siamcan-mobilenetv2", "not a file of tensors"),  # a pickle that ends before it begins
+        (b"", "siamcan-mobilenetv2", "not a file of tensors"),
         (torch.zeros(3), "siamcan-mobilenetv2", "neither a checkpoint of training.train nor a state dict"),
         ([1, 2], "siamcan-mobilenetv2", "neither a checkpoint"),
         ({}, "siamnet", "unknown model 'siamnet'; known: siamfc, siamfc-st"),
@@ -479,5 +479,5 @@ def test_malicious_checkpoint_runs_nothing(tmp_path: Path, container: str, capsy
         torch.save({"state_dict": Malicious(victim)}, file)
     arguments = ["onnx", "--checkpoint", str(file), "--out", str(tmp_path / "b"), "--model", "siamcan-mobilenetv2"]
     assert cli.main(arguments) == 2
-    assert "not a checkpoint of tensors and plain values" in capsys.readouterr().err
+    assert "not a file of tensors and plain values" in capsys.readouterr().err
     assert not victim.exists()

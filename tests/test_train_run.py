@@ -10,8 +10,10 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +38,7 @@ from training.prepare import prepare
 from training.recipe import Recipe, load_recipe, recipe_from_dict
 from training.show import draw_sheet
 from training.train import check_same_recipe, main, train
-from training.watch import Throughput, git_commit
+from training.watch import CHECKOUT, Throughput, git_commit
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
@@ -467,6 +469,34 @@ def test_a_batch_broken_in_one_process_stops_the_step_in_both(data: Path, tmp_pa
     assert not torch.equal(first["neck16.weight"], second["neck16.weight"])
     assert_same(second, third)  # the second step, broken in the other process, moved nothing
     assert_same(second, ranks[1][2])  # nor there; before each step statistics are those of process 0
+
+
+def test_sigterm_ends_both_processes(data: Path, tmp_path: Path) -> None:
+    """A scheduler asks the first one alone; none may be left waiting for the other."""
+    recipe, run = tmp_path / "r.yaml", tmp_path / "run"
+    recipe.write_text(json.dumps(to_plain(tiny(epochs=1000, validation_pairs=0))))
+    command = [sys.executable, "-m", "training.train", str(recipe), "--data", str(data), "--out", str(run)]
+    process = subprocess.Popen(
+        [*command, "--devices", "2"],
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    ends = time.monotonic() + 120
+    try:
+        while not (run / "last.ckpt").exists():
+            assert process.poll() is None and time.monotonic() < ends
+            time.sleep(0.1)
+        process.terminate()
+        said, _ = process.communicate(timeout=60)  # all that was written, by both, until both have ended
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        print(process.communicate()[0])
+        raise
+    assert process.returncode == 1, said
+    assert read(run / "last.ckpt")["global_step"] >= 2
 
 
 @pytest.mark.parametrize("augment", ["cpu", "device"])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from siamtrack.bundle import sha256
+from siamtrack.nets.tensorfile import read_tensors
 
 
 def average(paths: Sequence[Path], out: Path, shares: Sequence[float] = ()) -> None:
@@ -60,12 +61,7 @@ def average(paths: Sequence[Path], out: Path, shares: Sequence[float] = ()) -> N
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # PyTorch's reader lets whatever a garbage file provokes through, such as IndexError
-        raise ValueError(f"{path}: not a checkpoint of tensors and plain values: {error}") from error
+    content = read_tensors(path)
     if not isinstance(content, dict) or "recipe" not in content.get("hyper_parameters", {}):
         raise ValueError(f"{path}: not a checkpoint of training.train")
     return content

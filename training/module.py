@@ -10,7 +10,6 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from siamtrack.nets.backbones import MobileNetV2, ResNet50, TwoBackbones
@@ -18,6 +17,7 @@ from siamtrack.nets.build import build_model
 from siamtrack.nets.decode import AnchorBased, SearchGraph, TemplateGraph, is_adaptive, normalise
 from siamtrack.nets.importing import read_weights
 from siamtrack.nets.pretrained import import_mobilenetv2, import_resnet50
+from siamtrack.nets.tensorfile import read_tensors
 from training.device_augment import augmented
 from training.labels import Cells
 from training.losses import box_iou
@@ -204,7 +204,7 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
     if path.suffix == CHECKPOINT:
         _fill(backbone, _part(read_weights(path).state, "net.backbone."), path)
         return
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    state = read_tensors(path)
     if isinstance(backbone, TwoBackbones):
         import_resnet50(backbone.template, state)
         import_resnet50(backbone.search, state)

@@ -26,7 +26,7 @@ from siamtrack.plain import to_plain
 from training.loading import PairDataModule
 from training.module import SiameseModule
 from training.recipe import Recipe, load_recipe, recipe_from_dict
-from training.watch import KeepFrozen, RunRecord, SampleSheets, Throughput
+from training.watch import EndOnSigterm, KeepFrozen, RunRecord, SampleSheets, Throughput
 
 
 def train(
@@ -76,7 +76,7 @@ def set_up_process(seed: int, devices: int) -> None:
 def make_trainer(recipe: Recipe, out: Path, devices: int = 1, checkpoint_steps: int = 0) -> L.Trainer:
     """What drives a run and notes into `out` what happens; arguments as of `train`."""
     validates = bool(recipe.data.validation_videos) and recipe.validation_pairs > 0
-    callbacks: list[Callback] = [LearningRateMonitor("step"), Throughput(), SampleSheets()]
+    callbacks: list[Callback] = [LearningRateMonitor("step"), Throughput(), SampleSheets(), EndOnSigterm()]
     callbacks.append(RunRecord(out, recipe.seed))
     if recipe.optim.ema:
         warmup = recipe.optim.warmup_epochs * recipe.pairs_per_epoch / recipe.batch_size

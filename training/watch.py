@@ -1,9 +1,11 @@
-"""What is noted while a run goes on: its speed, what it is shown, its metrics, and how it was started."""
+"""What accompanies a run: its speed, what it is shown, its metrics, how it was started and how it may be ended."""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import threading
 import time
 from collections import deque
 from datetime import datetime, timezone
@@ -13,6 +15,7 @@ from typing import Any
 import cv2
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
@@ -55,6 +58,18 @@ class Throughput(Callback):
         samples = len(self._steps) * len(batch["search"]) * trainer.world_size
         pl_module.log("train/samples_per_s", samples / took, prog_bar=True)
         pl_module.log("train/data_wait", waited / took, prog_bar=True)
+
+
+class EndOnSigterm(Callback):
+    """Makes SIGTERM end a run as Ctrl-C does.
+
+    Lightning's own handler tells the other processes there and then. One that is sharing gradients does not listen, and
+    all of them wait for ever. Under SLURM, where SIGTERM means that a requeue is near, Lightning's stays.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread() and not SLURMEnvironment.detect():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # until Lightning puts back what was there
 
 
 class KeepFrozen(Callback):

@@ -10,6 +10,7 @@ the same command goes on with a table that was stopped.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -24,10 +25,11 @@ from benchmarks.ablations.tables import Table, read_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0 done, 1 a run failed, 2 unusable input, 130 stopped by Ctrl-C."""
+    """The command; returns its exit status: 0 done, 1 a run failed, 2 unusable input, 130 stopped by a signal."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
     cv2.setNumThreads(options.threads)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the training it waits for would go on alone
     command_line, failed = command("benchmarks.ablations", arguments), False
     try:
         table = read_table(options.table)

@@ -14,7 +14,7 @@ from statistics import fmean
 
 from benchmarks.ablations.tables import CHECKOUT, Recipe, Row, Table, fingerprint
 from benchmarks.accuracy import HARDEST
-from evaluation.calibrate import NEVER_LOST
+from evaluation.evidence import NEVER_LOST
 from evaluation.layouts import find_sequences, read_sequences
 from evaluation.onepass import run_ope, summarise
 from evaluation.ope import choose

@@ -1,12 +1,8 @@
-"""Weights of public implementations as checkpoints of ours; `siamtrack.nets.layouts` holds the tables of names.
-
-Files are read as tensors and plain values. One that wants code to run while it is read is refused.
-"""
+"""Weights of public implementations as checkpoints of ours; `siamtrack.nets.layouts` holds the tables of names."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +15,7 @@ from siamtrack.bundle import sha256
 from siamtrack.nets import MODELS
 from siamtrack.nets.build import build_model
 from siamtrack.nets.layouts import LAYOUTS, Layout
+from siamtrack.nets.tensorfile import read_tensors
 from siamtrack.plain import to_plain
 
 SHOWN = 6  # names in a message
@@ -111,9 +108,7 @@ def read_weights(path: Path) -> PublicWeights:
     Raises:
         ValueError: no file, code in it, or no state dict.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    content = _load(path)
+    content = read_tensors(path)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{path}: expected a state dict, bare or under 'state_dict', got {type(content).__name__}")
@@ -212,29 +207,6 @@ def _rename(layout: Layout, weights: PublicWeights, own: Mapping[str, Tensor]) -
 
 def _own(net: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in net.state_dict().items() if not name.endswith("num_batches_tracked")}
-
-
-def _load(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # PyTorch's reader lets whatever a garbage file provokes through, such as IndexError
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted:
-            raise ValueError(
-                f"{path} is refused: reading it would run {wanted[1]}, and a file that runs code may run any. If you "
-                "trust its source, write its tensors alone to a new file, which does run it, and import that: "
-                "torch.save(torch.load(FILE, map_location='cpu', weights_only=False)['state_dict'], NEW)"
-            ) from error
-        reason = str(error).partition("\n")[0]
-        if "weights_only" in reason:  # advice to read it unsafely
-            reason = "damaged, or of another format than PyTorch's"
-        raise ValueError(f"{path}: not a file of tensors and plain values: {reason}") from error
 
 
 def _some(names: Iterable[str]) -> str:
