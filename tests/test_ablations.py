@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import importlib
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +128,7 @@ def test_table_file_errors(tmp_path: Path, changes: dict[str, Any], message: str
 
 def test_table_file_that_is_a_list(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("- a\n")
-    with pytest.raises(ValueError, match=r"t\.yaml: expected a mapping of table fields, got list"):
+    with pytest.raises(ValueError, match=r"t\.yaml: expected a mapping of fields, got list"):
         read_table(tmp_path / "t.yaml")
 
 
@@ -242,6 +244,22 @@ def test_tiny_table(
     assert len(modules) == 4
     assert "small plain, seed 5: not trained" in capsys.readouterr().out
     assert finished(read_table(path), out) == [result]
+
+    other = json.loads(run.result.read_text())
+    (second,) = plan(read_table(path), ["whole"], [6], out)
+    second.bundle.parent.mkdir(parents=True)
+    shutil.copytree(run.bundle, second.bundle)
+    shutil.copytree(run.folder / "training", second.folder / "training")
+    second.result.write_text(json.dumps({**other, "seed": 6, "fingerprint": second.folder.name.rpartition("-")[2]}))
+    write_otb(data / "dev" / "Later")
+    both = [str(path), "--data", str(data), "--out", str(out), "--results", str(results), "--rows", "whole", "--seeds"]
+    assert main([*both, "5", "6", "7"]) == 2  # before anything is trained
+    assert len(modules) == 4
+    assert re.search(
+        r"the data has other sequences .*\(in one only: Later\); .*--evaluate-only", capsys.readouterr().err
+    )
+    assert main([*both, "5", "6", "--evaluate-only"]) == 0
+    assert all("Later" in result.dev for result in finished(read_table(path), out))
 
 
 def test_program_that_fails_is_quoted(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from siamtrack.boxes import iou_xywh
 from training.data import read_stills
+from training.left_out import LeftOut
 from training.outline import OBJECT, main, outline
 
 Image = NDArray[np.uint8]
@@ -61,7 +62,7 @@ def test_a_folder_becomes_stills(tmp_path: Path) -> None:
     cv2.imwrite(str(photos / "grass.png"), meadow(1))
     (photos / "broken.jpg").write_bytes(b"no image")
     assert main([str(photos), "--out", str(tmp_path / "stills"), "--processes", "1"]) == 0
-    seen = {str(track.sightings[0].image): track.sightings[0] for track in read_stills(tmp_path / "stills")}[
+    seen = {str(track.sightings[0].image): track.sightings[0] for track in read_stills(tmp_path / "stills", LeftOut())}[
         str(photos / "thing.png")  # the photo itself: it must not count as another source
     ]
     assert seen.mask is not None and seen.mask.value == OBJECT

@@ -232,6 +232,15 @@ def test_missing_ray_is_said(data: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "--cluster needs Ray: pip install 'siamtrack[cluster]'" in capsys.readouterr().err
 
 
+def test_a_relative_root_is_the_same_place(
+    data: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a cluster run in other folders, and the plan of a finished shard must not be another."""
+    monkeypatch.chdir(data.parent)
+    assert prepare(recipe(), Path(data.name), shards, shard_mb=0.07)[0] == 0
+    assert prepare(recipe(), Path(data.name), tmp_path / "anew", shard_mb=0.2, processes=2)[0] > 0
+
+
 def test_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps({"model": "siamcan-mobilenetv2", "data": {"videos": ["videos"], "shards": "old"}}))

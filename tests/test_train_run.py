@@ -11,11 +11,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -229,12 +230,13 @@ def test_resume_is_exact_and_freezing_freezes(
     assert difference.ok, difference
 
 
-@pytest.mark.parametrize("augment", ["cpu", "device"])
+@pytest.mark.parametrize(("augment", "workers"), [("cpu", 0), ("device", 0), ("cpu", 1)])
 def test_resume_within_an_epoch_is_exact(
-    data: Path, tmp_path: Path, watch: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch, augment: str
+    data: Path, tmp_path: Path, watch: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch, augment: str, workers: int
 ) -> None:
     """Stopped after three of four steps, in the frozen and in the thawed epoch; checkpoints are of every second one."""
     recipe = tiny(augment, pairs_per_epoch=16)
+    recipe = replace(recipe, data=replace(recipe.data, workers=workers))
     straight = watch()
     last = train(recipe, data, tmp_path / "straight", checkpoint_steps=2)
     assert len(straight.losses) == 8
@@ -262,6 +264,28 @@ def test_resume_within_an_epoch_is_exact(
         assert (ours["epoch"], ours["global_step"]) == (theirs["epoch"], theirs["global_step"]) == (1, 8)
         assert rest.validation == straight.validation[stop // 4 :]
         assert [start["from_step"] for start in json.loads((out / "run.json").read_text())] == [0, stop - 1]
+
+
+def test_an_epoch_ends_once_wherever_a_run_is_stopped(
+    data: Path, tmp_path: Path, watch: Callable[..., Seen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the first epoch's validation, of a run whose steps between checkpoints divide an epoch's."""
+    recipe = tiny(pairs_per_epoch=16)
+    straight = watch()
+    train(recipe, data, tmp_path / "straight", checkpoint_steps=2)
+
+    def stopped(self: SiameseModule, batch: Any, batch_idx: int) -> None:
+        raise ConnectionAbortedError("power cut")
+
+    watch()
+    monkeypatch.setattr(SiameseModule, "validation_step", stopped)
+    with pytest.raises(ConnectionAbortedError):
+        train(recipe, data, tmp_path / "run", checkpoint_steps=2)
+    rest = watch()
+    train(recipe, data, tmp_path / "run", checkpoint_steps=2)
+    assert rest.losses == straight.losses[2:] and rest.validation == straight.validation
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [0, 1] and (tmp_path / "run" / "frozen.ckpt").is_file()
 
 
 def test_training_from_shards(data: Path, tmp_path: Path, watch: Callable[..., Seen]) -> None:
@@ -357,10 +381,14 @@ def test_finished_run_is_not_trained_again(data: Path, tmp_path: Path, watch: Ca
     train(recipe, data, tmp_path)
     again = watch()
     train(recipe, data, tmp_path)
+    (tmp_path / "best.ckpt").write_text("of the run before")
     fresh = watch()
     train(recipe, data, tmp_path, resume=False)
     assert [len(seen.losses) for seen in (first, again, fresh)] == [1, 0, 1]
     assert fresh.losses == first.losses
+    assert not (tmp_path / "best.ckpt").exists() and len(list(tmp_path.glob("events.*"))) == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert [start["from_step"] for start in json.loads((tmp_path / "run.json").read_text())] == [0]
 
 
 def breaks_by_value(terms: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -410,6 +438,7 @@ def test_a_broken_batch_moves_nothing(
     for before, after in (first, second), (third, fourth):
         for name in ("neck16.weight", "neck_norm.running_mean"):
             assert not torch.equal(before["net"][name], after["net"][name])
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["train/skipped"] == 1
 
 
 # Started by the next test, and once more by Lightning for the second process.
@@ -469,6 +498,63 @@ def test_a_batch_broken_in_one_process_stops_the_step_in_both(data: Path, tmp_pa
     assert not torch.equal(first["neck16.weight"], second["neck16.weight"])
     assert_same(second, third)  # the second step, broken in the other process, moved nothing
     assert_same(second, ranks[1][2])  # nor there; before each step statistics are those of process 0
+
+
+def test_validation_counts_every_pair_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five pairs in batches of four and one."""
+    scores: list[Tensor] = []
+    search = SiameseModule.validation_step
+
+    def validation_step(self: SiameseModule, batch: Any, batch_idx: int) -> None:
+        before = self._validated.clone()
+        search(self, batch, batch_idx)
+        scores.append(self._validated - before)
+
+    monkeypatch.setattr(SiameseModule, "validation_step", validation_step)
+    train(tiny(epochs=1, pairs_per_epoch=4, validation_pairs=5), data, tmp_path)
+    assert [part[0, 1].item() for part in scores] == [4, 1]
+    total, count = sum(part[0] for part in scores)  # type: ignore[misc]
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["val/iou"] == pytest.approx((total / count).item())
+    assert "val/score_absent" not in line  # one held-out video: every pair shows its target
+
+
+def test_two_machines_train_as_one(data: Path, tmp_path: Path) -> None:
+    """As torchrun starts it, a process on each. One has the validation pair with its target, one that without."""
+    recipe, run = tmp_path / "r.yaml", tmp_path / "run"
+    changes = {"epochs": 1, "pairs_per_epoch": 8, "validation_pairs": 2, "unfreeze_epoch": 0}
+    content = to_plain(tiny(**changes))
+    content["data"]["validation_videos"] = ["clip1", "clip2"]  # with two, a share of pairs is negative
+    recipe.write_text(json.dumps(content))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    script = ["-m", "training.train", str(recipe), "--data", str(data), "--out", str(run)]
+    machines = [
+        subprocess.Popen(
+            [*command, "--node_rank", rank, *script],
+            cwd=CHECKOUT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        said = [machine.communicate(timeout=240)[0] for machine in machines]
+    except BaseException:
+        for machine in machines:
+            os.killpg(machine.pid, signal.SIGKILL)
+            print(machine.communicate()[0])
+        raise
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    (start,) = json.loads((run / "run.json").read_text())
+    assert start["processes"] == 2
+    (line,) = (json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines())
+    assert line["step"] == 2 and {"val/iou", "val/score_seen", "val/score_absent"} <= line.keys()
 
 
 def test_sigterm_ends_both_processes(data: Path, tmp_path: Path) -> None:
@@ -563,6 +649,7 @@ def test_a_checkpoint_of_another_version_is_refused(data: Path, tmp_path: Path) 
         ({"data": {"videos": ["videos"], "validation_videos": ["clip9"]}}, "validation videos not found: clip9"),
         ({"data": {"videos": ["videos"], "stills": ["nothing"]}}, "nothing"),
         ({"colour": 3}, "unknown field colour"),
+        ({"pairs_per_epoch": 10}, "pairs_per_epoch 10 is less than one batch of batch_size 28"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -612,5 +699,8 @@ def test_batch_must_split_evenly(data: Path, tmp_path: Path) -> None:
 
 
 def test_command_without_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.yaml").write_text("model: [siamcan")
+    assert main([str(tmp_path / "broken.yaml"), "--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    assert re.search(r"error: .*broken\.yaml: not YAML: ", capsys.readouterr().err)
     assert main([str(tmp_path / "none.yaml"), "--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
     assert "none.yaml" in capsys.readouterr().err

@@ -30,6 +30,7 @@ from training.dataset import EpochSampler, LabelConfig, PairDataset, collate
 from training.frames import pair_frames, triplet_frames
 from training.images import ImageCache
 from training.labels import Cells
+from training.left_out import LeftOut
 from training.module import SiameseModule, load_backbone, lr_factor
 from training.pairs import Pair, PairConfig, PairSampler
 from training.recipe import OptimConfig, Recipe, load_recipe, recipe_from_dict
@@ -130,12 +131,28 @@ def test_read_masks_only(tmp_path: Path) -> None:
         ({"img/1.png": None}, "needs groundtruth.txt, tracks.csv or mask"),
         ({"img/1.png": None, "groundtruth.txt": "1,2,3,4\n1,2,3,4\n"}, "has 2 rows, there are 1 images"),
         ({"img/1.png": None, "groundtruth.txt": "1,2,3\n"}, r"groundtruth.txt:1: expected x,y,w,h, got '1,2,3'"),
+        ({"img/1.png": None, "groundtruth.txt": "x,y,w,h\n"}, r"groundtruth.txt:1: expected x,y,w,h, got 'x,y,w,h'"),
         ({"img/1.png": None, "groundtruth.txt": "nan,nan,nan,nan\n"}, "never visible"),
+        (
+            {"img/1.png": None, "tracks.csv": "frame,id,x,y,w,h\n1,1,0,,9,9\n"},
+            r"tracks.csv:2: expected numbers for x, y, w, h, got '0', '', '9', '9'",
+        ),
         ({"img/1.png": None, "tracks.csv": "frame,id,x,y,w,h\n2,1,0,0,9,9\n"}, "names frame 2, there are 1 images"),
         ({"img/1.png": None, "tracks.csv": "frame,id,x,y,w,h\n0,1,0,0,9,9\n"}, "names frame 0"),
         ({"img/1.png": None, "mask/1.png": "not an image"}, "not a readable image"),
     ],
-    ids=["empty", "no annotation", "row count", "columns", "never visible", "late frame", "frame 0", "broken mask"],
+    ids=[
+        "empty",
+        "no annotation",
+        "row count",
+        "columns",
+        "header",
+        "never visible",
+        "empty cell",
+        "late frame",
+        "frame 0",
+        "broken mask",
+    ],
 )
 def test_video_errors(tmp_path: Path, files: dict[str, str | None], message: str) -> None:
     for name, text in files.items():
@@ -157,7 +174,11 @@ def test_read_stills(tmp_path: Path) -> None:
     ]
     with (tmp_path / "boxes.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["image", "x", "y", "w", "h", "label", "mask"], *rows])
-    plain, valued, outlined = read_stills(tmp_path)
+    left_out = LeftOut()
+    assert read_stills(tmp_path, left_out) == [] and left_out.counts == {"without an image": 3}
+    for name in "ab":
+        write_image(tmp_path / "img" / f"{name}.jpg", np.zeros((8, 8, 3), np.uint8))
+    plain, valued, outlined = read_stills(tmp_path, LeftOut())
     assert plain.sightings[0] == Sighting(tmp_path / "img" / "a.jpg", (1, 2, 30, 40), None)
     assert valued.sightings[0] == Sighting(
         tmp_path / "img" / "a.jpg", (5.5, 6, 7, 8), Mask(tmp_path / "mask" / "a.png", 3)
@@ -165,7 +186,7 @@ def test_read_stills(tmp_path: Path) -> None:
     assert outlined.sightings[0].mask == Mask(polygons=((1, 1, 9, 1, 9, 9),))
     assert len({plain.name, valued.name, outlined.name}) == 3
     with pytest.raises(FileNotFoundError):
-        read_stills(tmp_path / "nowhere")
+        read_stills(tmp_path / "nowhere", LeftOut())
 
 
 def test_read_coco(tmp_path: Path) -> None:
@@ -183,7 +204,10 @@ def test_read_coco(tmp_path: Path) -> None:
     }
     file = tmp_path / "instances_val.json"
     file.write_text(json.dumps(content))
-    tracks = read_coco(file, tmp_path / "images")
+    left_out = LeftOut()
+    assert read_coco(file, tmp_path / "images", left_out) == [] and left_out.counts == {"without an image": 3}
+    write_image(tmp_path / "images" / "x" / "000005.jpg", np.zeros((8, 8, 3), np.uint8))
+    tracks = read_coco(file, tmp_path / "images", LeftOut())
     assert [t.name for t in tracks] == [f"instances_val:{i}" for i in (1, 3, 4)]
     first = tracks[0].sightings[0]
     assert first == Sighting(
@@ -198,7 +222,26 @@ def test_coco_errors(tmp_path: Path, key: str) -> None:
     del content[key]
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"not a COCO instances file, '{key}' is missing"):
-        read_coco(tmp_path / "a.json", tmp_path)
+        read_coco(tmp_path / "a.json", tmp_path, LeftOut())
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json: not JSON: "):
+        read_coco(tmp_path / "a.json", tmp_path, LeftOut())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a.jpg,1,,3,4,", r"boxes\.csv:2: expected numbers for x, y, w, h, got '1', '', '3', '4'"),
+        ("a.jpg,1,2,3", r"boxes\.csv:2: expected numbers for x, y, w, h, got '1', '2', '3', None"),
+        ("a.jpg,1,2,3,4,cat", r"boxes\.csv:2: expected numbers for mask, got 'cat'"),
+        ("a.jpg,1,2,3,4,[1]", r"boxes\.csv:2: expected polygons \[\[x0,y0,x1,y1,\.\.\.\],\.\.\.\] in mask"),
+    ],
+)
+def test_stills_errors_say_where(tmp_path: Path, row: str, message: str) -> None:
+    write_image(tmp_path / "img" / "a.jpg", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "boxes.csv").write_text(f"image,x,y,w,h,mask\n{row}\n")
+    with pytest.raises(ValueError, match=message):
+        read_stills(tmp_path, LeftOut())
 
 
 def test_list_images_in_natural_order(tmp_path: Path) -> None:
@@ -226,13 +269,15 @@ def test_track_refuses_frames_that_do_not_match(frames: tuple[int, ...]) -> None
 def test_mask_alpha() -> None:
     labels = np.zeros((20, 20), np.uint8)
     labels[4:8, 4:8], labels[8:12, 4:8] = 3, 5
-    region = (4, 2, 10, 14)
-    assert (Mask(Path("m"), 3).alpha(labels, region) > 0).sum() == 16
-    assert (Mask(Path("m"), 0).alpha(labels, region) > 0).sum() == 32  # 0 stands for anything
-    polygon = Mask(polygons=((4, 4, 7, 4, 7, 7, 4, 7),)).alpha(None, region)
+    region, photo = (4, 2, 10, 14), np.zeros((20, 20, 3), np.uint8)
+    assert (Mask(Path("m"), 3).alpha(labels, region, photo) > 0).sum() == 16
+    assert (Mask(Path("m"), 0).alpha(labels, region, photo) > 0).sum() == 32  # 0 stands for anything
+    polygon = Mask(polygons=((4, 4, 7, 4, 7, 7, 4, 7),)).alpha(None, region, photo)
     assert polygon.shape == (12, 6)
     assert set(np.unique(polygon)) == {0, 255}
-    np.testing.assert_array_equal(polygon > 0, Mask(Path("m"), 3).alpha(labels, region) > 0)
+    np.testing.assert_array_equal(polygon > 0, Mask(Path("m"), 3).alpha(labels, region, photo) > 0)
+    with pytest.raises(ValueError, match="m is 20x20, its photo 40x30: scale it to the photo's size"):
+        Mask(Path("m"), 3).alpha(labels, region, np.zeros((30, 40, 3), np.uint8))
 
 
 def test_image_cache_forgets_the_least_recently_used(tmp_path: Path) -> None:
@@ -729,6 +774,37 @@ def test_pasted_objects_spare_or_cover_the_target(tracks: Tracks, extra: str, mo
         assert 0.05 < np.mean(covered) < 0.5
 
 
+@pytest.mark.parametrize("extra", ["distractor", "occluder"])
+def test_the_target_is_no_distractor_of_itself(tracks: Tracks, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second copy of it would be labelled background; of a negative pair, neither object may come in again."""
+    monkeypatch.setattr(pairs_module, "photometric", lambda image, rng: image)
+    videos, _, photos = tracks
+    root = photos[0].parent
+    green = Track("g", (painted(root / "green.png", (100, 80, 60, 48), (40, 200, 40)),), (0,))
+
+    def drawn(others: list[Track], negative: float) -> list[Pair]:
+        config = PairConfig(mix={"video": 1.0}, **{**PLAIN, extra: 1.0, "negative": negative})
+        return draw(PairSampler([*videos, *others], [green], photos, config, ImageCache(0.1), 127, 255), 25)
+
+    def shows(pair: Pair, colour: tuple[int, int, int]) -> bool:
+        close = (np.abs(pair.search.astype(int) - colour).max(axis=2) < 40).astype(np.uint8)
+        return cv2.connectedComponentsWithStats(close)[2][1:, cv2.CC_STAT_AREA].max(initial=0) > 100
+
+    def copies(pair: Pair) -> int:
+        red = (np.abs(pair.search.astype(int) - TARGET_BGR).max(axis=2) < 40).astype(np.uint8)
+        red = cv2.morphologyEx(red, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
+        return cv2.connectedComponents(red)[0] - 1
+
+    pairs = drawn([], 0.0)
+    assert sum(shows(pair, (40, 200, 40)) for pair in pairs) > 10  # others are pasted
+    if extra == "distractor":
+        assert {copies(pair) for pair in pairs} == {1}
+    blue = Track("b", (painted(root / "blue.png", (100, 80, 60, 48), (200, 60, 40)),), (0,))
+    for pair in drawn([blue], 0.5):
+        if not pair.positive:  # of red and blue one is sought, the other is there
+            assert not (shows(pair, TARGET_BGR) and shows(pair, (200, 60, 40)))
+
+
 @pytest.mark.parametrize(
     ("mix", "data", "message"),
     [
@@ -903,7 +979,7 @@ def test_torchvision_backbone_is_fitted_to_raw_pixels(tmp_path: Path) -> None:
     }
     path = tmp_path / "resnet50.safetensors"
     path.touch()
-    with patch("training.module.load_file", return_value=state):
+    with patch("training.module.read_tensors", return_value=state):
         load_backbone(ours, path)
     rgb = torch.rand(2, 3, 63, 63)
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -980,7 +1056,7 @@ def test_recipe_without_a_model() -> None:
 def test_recipe_file_errors(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("- a\n- b\n")
-    with pytest.raises(ValueError, match=r"r\.yaml: expected a mapping of recipe fields, got list"):
+    with pytest.raises(ValueError, match=r"r\.yaml: expected a mapping of fields, got list"):
         load_recipe(file)
     file.write_text("model: siamcan-r50\nlr: 1\n")
     with pytest.raises(ValueError, match=r"r\.yaml: unknown field lr"):

@@ -301,6 +301,7 @@ def test_set_errors(tmp_path: Path, sets: list[dict[str, Any]], message: str | N
     [
         ({"layout": "kitti", "path": "x"}, f"layout must be one of {', '.join(LAYOUTS)}, got 'kitti'"),
         ({"layout": "youtube_bb", "path": "x.csv"}, "layout youtube_bb needs `images`"),
+        ({"layout": "vid", "path": "x", "images": "y"}, r"layout vid takes no `images` \(got y\): it looks like Ann"),
         ({"layout": "vid", "path": "x", "share": -1}, "share must be at least 0"),
     ],
 )

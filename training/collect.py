@@ -65,9 +65,15 @@ def collect(recipe: Recipe, root: Path, template_px: int, search_px: int) -> Col
 def collect_raw(data: DataConfig, root: Path) -> tuple[list[Track], list[Track], list[ImageRef]]:
     """Videos, stills and photos from the data sets themselves. Raises as `collect`."""
     videos = usable(t for folder in _children(data.videos, root) for t in read_video(folder))
-    stills = [t for name in data.stills for t in read_stills(root / name)]
+    stills: list[Track] = []
+    for name in data.stills:
+        left_out = LeftOut()
+        stills += read_stills(root / name, left_out)
+        left_out.warn(root / name)
     for instances, folder in data.coco.items():
-        stills += read_coco(root / instances, root / folder)
+        left_out = LeftOut()
+        stills += read_coco(root / instances, root / folder, left_out)
+        left_out.warn(root / instances)
     stills = usable(stills)
     shared = {
         True: bool(data.videos) or any(not s.share for s in data.sets if LAYOUTS[s.layout].videos),

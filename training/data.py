@@ -12,12 +12,14 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from siamtrack.sources import list_images
+from training.left_out import LeftOut
 from training.tracks import Box, Mask, Sighting, Track
 
 
@@ -45,10 +47,10 @@ def read_video(folder: Path) -> list[Track]:
     if (folder / "tracks.csv").exists():
         rows: dict[str, list[tuple[int, Box]]] = defaultdict(list)
         for row in _read_csv(folder / "tracks.csv", ("frame", "id", "x", "y", "w", "h")):
-            frame = int(row["frame"]) - 1
-            if not 0 <= frame < len(images):
-                raise ValueError(f"{folder}/tracks.csv names frame {frame + 1}, there are {len(images)} images")
-            rows[row["id"]].append((frame, _box(row)))
+            (number,) = row.numbers("frame")
+            if number not in range(1, len(images) + 1):
+                raise ValueError(f"{row.where} names frame {number:g}, there are {len(images)} images")
+            rows[row["id"]].append((int(number) - 1, row.box()))
         return [
             Track(f"{folder.name}:{key}", tuple(sighting(i, b) for i, b in seen), tuple(i for i, _ in seen))
             for key, seen in ((key, sorted(value)) for key, value in rows.items())
@@ -67,36 +69,55 @@ def read_video(folder: Path) -> list[Track]:
     return [Track(folder.name, tuple(sighting(i, b) for i, b in present), tuple(i for i, _ in present))]
 
 
-def read_stills(folder: Path) -> list[Track]:
+def read_stills(folder: Path, left_out: LeftOut) -> list[Track]:
     """One-sighting tracks of ``img/`` and ``boxes.csv`` (``image,x,y,w,h,label,mask``).
 
     The mask column is empty, a value in the label image ``mask/<stem>.png``, or polygons as JSON.
+
+    Raises:
+        OSError: no such file.
+        ValueError: a column is missing, or a field is not what it should be.
     """
     tracks = []
     for number, row in enumerate(_read_csv(folder / "boxes.csv", ("image", "x", "y", "w", "h"))):
         image = Path(os.path.normpath(folder / "img" / row["image"]))  # a photo has one name, from wherever it is named
-        text = row.get("mask") or ""
+        if not image.exists():
+            left_out.add("without an image")
+            continue
+        text = row.fields.get("mask") or ""
         mask = None
         if text.startswith("["):
-            mask = Mask(polygons=tuple(tuple(p) for p in json.loads(text) if len(p) >= 6))
+            try:
+                mask = Mask(polygons=tuple(tuple(p) for p in json.loads(text) if len(p) >= 6))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{row.where}: expected polygons [[x0,y0,x1,y1,...],...] in mask ({error})") from error
         elif text:
-            mask = Mask(folder / "mask" / f"{image.stem}.png", int(float(text)))
-        tracks.append(Track(f"{folder.name}:{number}", (Sighting(image, _box(row), mask),), (0,)))
+            mask = Mask(folder / "mask" / f"{image.stem}.png", int(row.numbers("mask")[0]))
+        tracks.append(Track(f"{folder.name}:{number}", (Sighting(image, row.box(), mask),), (0,)))
     return tracks
 
 
-def read_coco(annotations: Path, images: Path) -> list[Track]:
+def read_coco(annotations: Path, images: Path, left_out: LeftOut) -> list[Track]:
     """One-sighting tracks of a COCO ``instances_*.json``; crowd annotations are left out.
 
     Args:
         annotations: the JSON file.
         images: folder of the images it names.
+        left_out: counts annotations without an image.
+
+    Raises:
+        OSError: no such file.
+        ValueError: not COCO's JSON.
     """
-    content = json.loads(annotations.read_text())
+    try:
+        content = json.loads(annotations.read_text())
+    except ValueError as error:
+        raise ValueError(f"{annotations}: not JSON: {error}") from error
     for key in ("images", "annotations"):
         if key not in content:
             raise ValueError(f"{annotations}: not a COCO instances file, {key!r} is missing")
     files = {image["id"]: images / image["file_name"] for image in content["images"]}
+    present = {number for number, file in files.items() if file.exists()}
     tracks = []
     for item in content["annotations"]:
         if item.get("iscrowd"):
@@ -107,30 +128,54 @@ def read_coco(annotations: Path, images: Path) -> list[Track]:
             raise ValueError(
                 f"{annotations}: annotation {item['id']} names image {item['image_id']}, which is not listed"
             )
+        if item["image_id"] not in present:
+            left_out.add("without an image")
+            continue
         x, y, w, h = item["bbox"]
         sighting = Sighting(files[item["image_id"]], (x, y, w, h), Mask(polygons=polygons) if polygons else None)
         tracks.append(Track(f"{annotations.stem}:{item['id']}", (sighting,), (0,)))
     return tracks
 
 
-def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+@dataclass(frozen=True)
+class _Row:
+    """A row of a CSV, and where it stands."""
+
+    where: str
+    fields: dict[str, str]
+
+    def __getitem__(self, column: str) -> str:
+        return self.fields[column]
+
+    def numbers(self, *columns: str) -> list[float]:
+        try:
+            return [float(self.fields[column]) for column in columns]
+        except (TypeError, ValueError):
+            got = ", ".join(repr(self.fields[column]) for column in columns)
+            raise ValueError(f"{self.where}: expected numbers for {', '.join(columns)}, got {got}") from None
+
+    def box(self) -> Box:
+        x, y, w, h = self.numbers("x", "y", "w", "h")
+        return x, y, w, h
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> list[_Row]:
     csv.field_size_limit(1 << 24)  # polygon columns are long
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         missing = [c for c in columns if c not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(f"{path}: column {', '.join(missing)} missing, it has {reader.fieldnames}")
-        return list(reader)
-
-
-def _box(row: dict[str, str]) -> Box:
-    return float(row["x"]), float(row["y"]), float(row["w"]), float(row["h"])
+        return [_Row(f"{path}:{reader.line_num}", row) for row in reader]
 
 
 def _read_boxes(path: Path) -> list[Box | None]:
     boxes: list[Box | None] = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
-        values = [float(v) for v in re.split(r"[,\s]+", line.strip()) if v]
+        try:
+            values = [float(v) for v in re.split(r"[,\s]+", line.strip()) if v]
+        except ValueError:
+            values = []
         if len(values) != 4:
             raise ValueError(f"{path}:{number}: expected x,y,w,h, got {line!r}")
         x, y, w, h = values

@@ -130,8 +130,9 @@ class EpochSampler(Sampler[int]):
         length: samples in an epoch, over all processes.
         rank: number of this process.
         world: how many processes there are.
-        batch_size: samples a step in each process; matters where a run resumes within an epoch.
-        steps_done: how many steps the run has made; an epoch begun before goes on behind those that fall into it.
+        batch_size: samples a step in each process; matters where a run resumes.
+        steps_done: how many steps the run has made. They say more than the epoch, which a resumed run is told only
+            after loader processes have drawn their first samples.
     """
 
     def __init__(
@@ -148,9 +149,9 @@ class EpochSampler(Sampler[int]):
         return self.length // self.world
 
     def __iter__(self) -> Iterator[int]:
-        start = self.epoch * self.length
-        steps = max(self.steps_done() - self.epoch * (len(self) // self.batch_size), 0)
-        skipped = steps * self.batch_size * self.world
+        steps = max(len(self) // self.batch_size, 1)  # an epoch
+        epoch, step = divmod(max(self.steps_done(), self.epoch * steps), steps)
+        start, skipped = epoch * self.length, step * self.batch_size * self.world
         return iter(range(start + skipped + self.rank, start + len(self) * self.world, self.world))
 
 

@@ -27,7 +27,7 @@ def read_vid(path: Path, images: Path, left_out: LeftOut) -> Iterator[Track]:
                 box = _corner_box(item, left_out)
                 if box is not None:
                     tracks[item.findtext("trackid", "0")].append((int(file.stem), box))
-        frames = _data_folder(folder, images)
+        frames = _data_folder(folder)
         for key, rows in tracks.items():
             numbers, boxes = np.array([n for n, _ in rows]), np.array([b for _, b in rows], np.float32)
             yield from existing(f"{folder.name}:{key}", NumberedFrames(frames, "{:06d}.JPEG", numbers, boxes), left_out)
@@ -39,7 +39,7 @@ def read_det(path: Path, images: Path, left_out: LeftOut) -> Iterator[Track]:
     Images are ``STEM.JPEG`` under the same path with ``Data`` for ``Annotations``.
     """
     for folder in _folders_with_suffix(path, ".xml"):
-        frames = _data_folder(folder, images)
+        frames = _data_folder(folder)
         present = {p.name for p in frames.iterdir()} if frames.is_dir() else set()
         for file in sorted(folder.glob("*.xml")):
             for number, item in enumerate(_objects(file, left_out)):
@@ -75,7 +75,7 @@ def _corner_box(item: ET.Element, left_out: LeftOut) -> list[float] | None:
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-def _data_folder(annotations: Path, images: Path) -> Path:
+def _data_folder(annotations: Path) -> Path:
     """``Data`` for the last ``Annotations`` of a path."""
     parts = list(annotations.parts)
     if "Annotations" not in parts:

@@ -197,12 +197,12 @@ LAYOUTS = {
         read_youtube_bb, True, "yt_bb_detection_train.csv, with VIDEO/TIME_MS.jpg in `images`", 3, needs_images=True
     ),
     "coco": Layout(
-        lambda path, images, _: read_coco(path, images),
+        read_coco,
         False,
         "instances_train2017.json, with photos in `images`",
         needs_images=True,
     ),
     "videos": Layout(_read_video_folders, True, "NAME/img and NAME/groundtruth.txt, tracks.csv or mask"),
-    "stills": Layout(lambda path, images, _: read_stills(path), False, "img and boxes.csv"),
+    "stills": Layout(lambda path, _, left_out: read_stills(path, left_out), False, "img and boxes.csv"),
 }
 """Every layout by the name that a recipe gives it."""

@@ -27,6 +27,7 @@ from training.recipe import OptimConfig, recipe_from_dict
 Batch = dict[str, Tensor]
 CROPS = ("template", "search", "history", "current")
 CHECKPOINT = ".ckpt"  # what Lightning writes, and so a run of ours
+VALIDATION = ("val/iou", "val/hit", "val/score_seen", "val/score_absent")
 LOSS_LIMIT = 1e4  # a batch with a larger loss is broken (pysot)
 
 
@@ -56,6 +57,7 @@ class SiameseModule(L.LightningModule):
         self.search_graph = SearchGraph(self.net)  # type: ignore[arg-type]
         self.template_graph = TemplateGraph(self.net)  # type: ignore[arg-type]
         self._statistics: list[Tensor] = []
+        self._validated = torch.zeros(len(VALIDATION), 2)  # sum and count of each
         if not 0 <= self.recipe.unfreeze_stages <= len(self._stages()):
             raise ValueError(
                 f"unfreeze_stages must be 0 to {len(self._stages())} for {self.recipe.model}, "
@@ -96,6 +98,8 @@ class SiameseModule(L.LightningModule):
         loss = self.objective.total(terms)
         self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
         self.log("train/loss", loss.detach())
+        size = len(batch["search"])
+        self.log("train/epoch_loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         # A broken batch must not reach the weights. Its gradients are made NaN, which every process learns of when they
         # are averaged: all of them skip the step (`on_before_optimizer_step`), and none waits for another.
@@ -110,7 +114,7 @@ class SiameseModule(L.LightningModule):
         """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         broken = not torch.stack(torch._foreach_norm(gradients)).isfinite().all()
-        self.log("train/skipped", float(broken))
+        self.log("train/skipped", float(broken), on_step=False, on_epoch=True, reduce_fx="sum", batch_size=1)
         if broken:
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
@@ -126,15 +130,18 @@ class SiameseModule(L.LightningModule):
         box, score, _, _ = self.search_graph(batch["search"], *template, batch["box"][:, 2:], tuning)
         positive = batch["positive"]
         overlap = box_iou(box, batch["box"])[positive]
-        metrics = {
-            "val/iou": overlap.mean(),
-            "val/hit": (overlap > 0.5).float().mean(),
-            "val/score_seen": score[positive].mean(),
-            "val/score_absent": score[~positive].mean(),
-        }
-        for name, value in metrics.items():
-            if torch.isfinite(value):  # a batch may have no pair of one sort
-                self.log(name, value, prog_bar=name == "val/iou", sync_dist=True)
+        for row, values in enumerate((overlap, overlap > 0.5, score[positive], score[~positive])):
+            self._validated[row] += torch.stack([values.double().sum(), values.new_tensor(len(values)).double()])
+
+    def on_validation_epoch_start(self) -> None:
+        self._validated = torch.zeros(len(VALIDATION), 2, dtype=torch.float64, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Means over the pairs of all processes: one of them may have no pair of a sort, and counts as little."""
+        sums = cast(Tensor, self.trainer.strategy.reduce(self._validated, reduce_op="sum"))
+        for name, (total, count) in zip(VALIDATION, sums, strict=True):
+            if count:
+                self.log(name, (total / count).float(), prog_bar=name == "val/iou")
 
     def configure_optimizers(self) -> Any:
         backbone = {id(p) for p in self.net.backbone.parameters()}  # type: ignore[union-attr]
@@ -150,7 +157,7 @@ class SiameseModule(L.LightningModule):
             optimiser: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=optim.weight_decay)
         else:
             optimiser = torch.optim.AdamW(groups, weight_decay=optim.weight_decay)
-        total = int(self.trainer.estimated_stepping_batches)
+        total = self.recipe.epochs * self.recipe.steps_per_epoch
         warmup = int(total * optim.warmup_epochs / self.recipe.epochs)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: lr_factor(step, total, warmup, optim))
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

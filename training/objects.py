@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,14 +69,24 @@ class Objects:
         return {source for group in self._groups for _, source in group}
 
     def draw(self, rng: Rng) -> tuple[Cutout, str]:
-        """A random object, and the video or photo it is from."""
-        for _ in range(OBJECT_TRIES):
+        """A random object, and the video or photo it is from.
+
+        Raises:
+            ValueError: none is large enough.
+        """
+        drawn = self._draw(rng, ())
+        if drawn is not None:
+            return drawn
+        raise ValueError(f"of {OBJECT_TRIES} outlined objects drawn none is {OBJECT_PX} px large inside its photo")
+
+    def _draw(self, rng: Rng, without: Collection[str]) -> tuple[Cutout, str] | None:
+        for _ in range(OBJECT_TRIES if self._groups else 0):
             group = self._groups[self._choose.draw(rng)]
             seen, source = group[int(rng.integers(len(group)))]
-            cutout = self._lift(seen)
+            cutout = None if source in without else self._lift(seen)
             if cutout is not None:
                 return cutout, source
-        raise ValueError(f"of {OBJECT_TRIES} outlined objects drawn none is {OBJECT_PX} px large inside its photo")
+        return None
 
     def draw_background(self, size_px: int, rng: Rng) -> Crop:
         """A random square of a random photo."""
@@ -86,12 +96,20 @@ class Objects:
         left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
         return crop(image, Window(left, top, side, side), size_px, (0, 0, 0))
 
-    def add_distractors(self, search: Crop, box: CxCyWH, rng: Rng) -> None:
-        """Paste foreign objects of about the target's size beside it."""
-        if not self._groups:
-            return
-        for _ in range(int(rng.integers(1, 3))):
-            cutout, _ = self.draw(rng)
+    def add_distractors(self, search: Crop, box: CxCyWH, without: Collection[str], rng: Rng) -> None:
+        """Paste foreign objects of about the target's size beside it.
+
+        Args:
+            search: drawn on.
+            box: of the target, in its pixels.
+            without: videos and photos that show the target; with objects of no other, nothing is pasted.
+            rng: randomness.
+        """
+        for _ in range(int(rng.integers(1, 3)) if self._groups else 0):
+            drawn = self._draw(rng, without)
+            if drawn is None:
+                return
+            cutout, _ = drawn
             size = _size_like(cutout, box, rng)
             centre = rng.uniform(0, search.shape[0], 2)
             clear_x = (size[0] + box[2]) / 2 * 0.9
@@ -99,11 +117,12 @@ class Objects:
             if abs(centre[0] - box[0]) > clear_x or abs(centre[1] - box[1]) > clear_y:
                 paste(search, cutout, (centre[0], centre[1]), size, rng.uniform(-15, 15))
 
-    def add_occluder(self, search: Crop, box: CxCyWH, rng: Rng) -> None:
-        """Paste a foreign object over one side of the target, hiding up to about half of it."""
-        if not self._groups:
+    def add_occluder(self, search: Crop, box: CxCyWH, without: Collection[str], rng: Rng) -> None:
+        """Paste a foreign object over one side of the target, hiding up to about half; arguments as above."""
+        drawn = self._draw(rng, without)
+        if drawn is None:
             return
-        cutout, _ = self.draw(rng)
+        cutout, _ = drawn
         size = _size_like(cutout, box, rng)
         direction = rng.uniform(0, 2 * np.pi)
         centre_x = box[0] + np.cos(direction) * (box[2] + size[0]) / 2 * rng.uniform(0.55, 0.95)
@@ -120,7 +139,7 @@ class Objects:
         if x1 - x0 < OBJECT_PX or y1 - y0 < OBJECT_PX:
             return None
         labels = None if seen.mask.path is None else self._images.labels(seen.mask.path)
-        alpha = seen.mask.alpha(labels, (x0, y0, x1, y1))
+        alpha = seen.mask.alpha(labels, (x0, y0, x1, y1), image)
         rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
         if rows.size < OBJECT_PX or columns.size < OBJECT_PX:
             return None

@@ -172,16 +172,18 @@ class PairSampler:
     def draw(self, rng: Rng) -> Pair:
         """One random pair."""
         drawn = self._draw_kind(self._draw_kind_name(rng), rng)
-        search, box = drawn.search, drawn.box
+        search, box, shown = drawn.search, drawn.box, {drawn.source}
         positive = rng.random() >= self.config.negative
         if not positive:
-            search, box = self._draw_foreign(drawn.source, rng)
+            foreign = self._draw_foreign(drawn.source, rng)
+            search, box = foreign.search, foreign.box
+            shown.add(foreign.source)
         if rng.random() < self.config.flip:
             search, box = np.ascontiguousarray(search[:, ::-1]), (self.search_px - box[0], *box[1:])
         if rng.random() < self.config.distractor:
-            self._objects.add_distractors(search, box, rng)
+            self._objects.add_distractors(search, box, shown, rng)
         if positive and rng.random() < self.config.occluder:
-            self._objects.add_occluder(search, box, rng)
+            self._objects.add_occluder(search, box, shown, rng)
         template, *further = drawn.templates
         crops = {"template": template, "search": search, **dict(zip(("history", "current"), further, strict=False))}
         effects: dict[str, Effects] = {}
@@ -194,12 +196,12 @@ class PairSampler:
                 crops[name] = corrupted(lit, rng) if corrupts else lit
         return Pair(**crops, box_cxcywh=np.array(box), positive=positive, effects=effects)
 
-    def _draw_foreign(self, source: str, rng: Rng) -> tuple[Crop, CxCyWH]:
-        """A search crop from another video or photo than `source`: the same one might show the target too."""
+    def _draw_foreign(self, source: str, rng: Rng) -> Drawn:
+        """What is drawn from another video or photo than `source`: the same one might show the target too."""
         while True:
             drawn = self._draw_kind(self._draw_kind_name(rng), rng)
             if drawn.source != source:
-                return drawn.search, drawn.box
+                return drawn
 
     def _sources(self, kinds: Collection[str]) -> set[str]:
         """Videos and photos that these kinds of pairs are drawn from."""

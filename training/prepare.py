@@ -60,6 +60,7 @@ def prepare(
         ValueError: the data cannot be read, or there is none.
         ImportError: a cluster is wanted and Ray is not installed.
     """
+    root = root.resolve()  # jobs run in other folders, and a shard's plan must not depend on how it was written
     videos, stills, photos = collect_raw(recipe.data, root)
     if not photos and {"cutout", "region"} & {kind for kind, share in recipe.data.pairs.mix.items() if share > 0}:
         photos = sorted({t.sightings[0].image for t in stills})

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from siamtrack.nets import MODELS
 from siamtrack.nets.build import check_model_config
 from siamtrack.nets.decode import AnchorBased
 from siamtrack.plain import from_plain
-from training.checks import not_negative, one_of
+from training.checks import not_negative, one_of, read_yaml
 from training.dataset import LabelConfig
 from training.layouts import LAYOUTS
 from training.objectives import Objective, build_objective
@@ -29,7 +27,7 @@ class DataSet:
     Attributes:
         layout: name of the layout.
         path: its folder or annotation file, relative to the data root.
-        images: folder of its images, where the layout does not say it.
+        images: folder of its images, for layouts whose path does not say it; "" for the others.
         frame_range: furthest frame distance of a pair; 0 for the layout's own, or else `PairConfig.frame_range`.
         share: how often its videos (or stills) are drawn against those of other sets; 0 for as often as their number
             and length has it. Of the sets that give videos all have a share or none, and so of those that give stills.
@@ -47,6 +45,11 @@ class DataSet:
         if LAYOUTS[self.layout].needs_images and not self.images:
             raise ValueError(
                 f"layout {self.layout} needs `images`, the folder of the images; {self.path} does not say it"
+            )
+        if self.images and not LAYOUTS[self.layout].needs_images:
+            raise ValueError(
+                f"layout {self.layout} takes no `images` (got {self.images}): it looks like "
+                f"{LAYOUTS[self.layout].looks_like}"
             )
 
 
@@ -170,12 +173,21 @@ class Recipe:
         for name in ("epochs", "pairs_per_epoch", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.pairs_per_epoch < self.batch_size:
+            raise ValueError(
+                f"pairs_per_epoch {self.pairs_per_epoch} is less than one batch of batch_size {self.batch_size}"
+            )
         check_model_config(self.model, self.model_config)
         objective = self.build_objective()
         if self.labels.rule == "siamrpn" and objective.decoder is not AnchorBased:
             raise ValueError(
                 f"labels by rule siamrpn are anchors' labels; objective {self.objective_name} has no anchors"
             )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches, of all processes together; what is over is left out."""
+        return self.pairs_per_epoch // self.batch_size
 
     @property
     def objective_name(self) -> str:
@@ -201,12 +213,10 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         overrides: top-level fields to replace.
 
     Raises:
-        ValueError: unknown or missing fields, or values that cannot be.
+        OSError: the file cannot be read.
+        ValueError: not YAML, unknown or missing fields, or values that cannot be.
     """
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping of recipe fields, got {type(content).__name__}")
-    return recipe_from_dict({**content, **(overrides or {})}, str(path))
+    return recipe_from_dict({**read_yaml(path), **(overrides or {})}, str(path))
 
 
 def recipe_from_dict(content: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -213,7 +213,7 @@ def _encode(piece: Piece, job: ShardJob, images: ImageCache) -> tuple[dict[str, 
         outlines = [np.reshape(p, (-1, 2)) for p in seen.mask.polygons]
         sample["polygons"] = [((o - (x0, y0)) * (scale_x, scale_y)).ravel().tolist() for o in outlines]
     elif seen.mask is not None and seen.mask.path is not None:
-        alpha = seen.mask.alpha(images.labels(seen.mask.path), (x0, y0, x1, y1))
+        alpha = seen.mask.alpha(images.labels(seen.mask.path), (x0, y0, x1, y1), pixels)
         resized = alpha if shrink == 1 else cv2.resize(alpha, size, interpolation=cv2.INTER_NEAREST)
         files["png"] = _encoded(".png", np.asarray(resized, np.uint8), [])
     return files, sample

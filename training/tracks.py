@@ -50,10 +50,26 @@ class Mask:
     value: int = 0
     polygons: tuple[tuple[float, ...], ...] = ()
 
-    def alpha(self, labels: NDArray[np.uint8] | None, box_xyxy: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-        """Coverage 0 or 255 inside whole-pixel corners; `labels` is the decoded `path`."""
+    def alpha(
+        self, labels: NDArray[np.uint8] | None, box_xyxy: tuple[int, int, int, int], photo: NDArray[np.uint8]
+    ) -> NDArray[np.uint8]:
+        """Coverage 0 or 255 inside whole-pixel corners.
+
+        Args:
+            labels: the decoded `path`.
+            box_xyxy: the corners.
+            photo: ``[H, W, 3]`` that it outlines something in.
+
+        Raises:
+            ValueError: the label image has another size than the photo.
+        """
         x0, y0, x1, y1 = box_xyxy
         if labels is not None:
+            if labels.shape[:2] != photo.shape[:2]:
+                (height, width), (rows, columns) = photo.shape[:2], labels.shape[:2]
+                raise ValueError(
+                    f"{self.path} is {columns}x{rows}, its photo {width}x{height}: scale it to the photo's size"
+                )
             part = labels[y0:y1, x0:x1]
             inside = part == self.value if self.value else part > 0
             return inside * np.uint8(255)

@@ -13,14 +13,18 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import cv2
 import lightning as L
 import torch
 import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 
 from siamtrack.plain import to_plain
 from training.loading import PairDataModule
@@ -30,7 +34,13 @@ from training.watch import EndOnSigterm, KeepFrozen, RunRecord, SampleSheets, Th
 
 
 def train(
-    recipe: Recipe, data_root: Path, out: Path, devices: int = 1, resume: bool = True, checkpoint_steps: int = 0
+    recipe: Recipe,
+    data_root: Path,
+    out: Path,
+    devices: int = 1,
+    resume: bool = True,
+    checkpoint_steps: int = 0,
+    nodes: int = 1,
 ) -> Path:
     """Run a recipe to its end.
 
@@ -38,9 +48,10 @@ def train(
         recipe: what to train.
         data_root: folder the recipe's data paths are relative to.
         out: the run's folder, made when missing.
-        devices: GPUs, or processes on a CPU.
-        resume: go on from ``out/last.ckpt`` if it is there.
+        devices: GPUs, or processes on a CPU, of each machine.
+        resume: go on from ``out/last.ckpt`` if it is there; else what an earlier run wrote is deleted.
         checkpoint_steps: write it after every so many steps too, not only after epochs; 0 for epochs alone.
+        nodes: machines, each of which runs this with the same arguments; they share `out`.
 
     Returns:
         Path of the last checkpoint.
@@ -48,17 +59,19 @@ def train(
     Raises:
         ValueError: the recipe or its data cannot be used, or its batch does not split evenly over the devices.
     """
-    if recipe.batch_size % devices:
-        raise ValueError(f"batch_size {recipe.batch_size} does not split evenly over {devices} devices")
+    if recipe.batch_size % (devices * nodes):
+        raise ValueError(f"batch_size {recipe.batch_size} does not split evenly over {devices * nodes} devices")
     last = out / "last.ckpt"
     resuming = resume and last.exists()
     if resuming:
         check_same_recipe(recipe, last)
     out.mkdir(parents=True, exist_ok=True)
+    if not resume and getattr(rank_zero_only, "rank", 0) == 0:
+        clear(out)
     (out / "recipe.yaml").write_text(yaml.safe_dump(to_plain(recipe), sort_keys=False))
     set_up_process(recipe.seed, devices)
     module = SiameseModule(to_plain(recipe), str(data_root))
-    trainer = make_trainer(recipe, out, devices, checkpoint_steps)
+    trainer = make_trainer(recipe, out, devices, checkpoint_steps, nodes)
     resume_from = str(last) if resuming else None
     trainer.fit(module, PairDataModule(recipe, data_root, module.net), ckpt_path=resume_from, weights_only=True)
     return last
@@ -73,7 +86,14 @@ def set_up_process(seed: int, devices: int) -> None:
         torch.set_num_threads(1)  # one-thread processes beat one process of many threads on small images
 
 
-def make_trainer(recipe: Recipe, out: Path, devices: int = 1, checkpoint_steps: int = 0) -> L.Trainer:
+def clear(run: Path) -> None:
+    """Delete what a run wrote, so that nothing of it is taken for part of the next one."""
+    for pattern in ("*.ckpt", "metrics.jsonl", "run.json", "events.out.tfevents*"):
+        for path in run.glob(pattern):
+            path.unlink()
+
+
+def make_trainer(recipe: Recipe, out: Path, devices: int = 1, checkpoint_steps: int = 0, nodes: int = 1) -> L.Trainer:
     """What drives a run and notes into `out` what happens; arguments as of `train`."""
     validates = bool(recipe.data.validation_videos) and recipe.validation_pairs > 0
     callbacks: list[Callback] = [LearningRateMonitor("step"), Throughput(), SampleSheets(), EndOnSigterm()]
@@ -89,15 +109,16 @@ def make_trainer(recipe: Recipe, out: Path, devices: int = 1, checkpoint_steps: 
     callbacks.append(ModelCheckpoint(out, "last", enable_version_counter=False))
     if checkpoint_steps:
         callbacks.append(
-            ModelCheckpoint(out, "last", every_n_train_steps=checkpoint_steps, enable_version_counter=False)
+            StepCheckpoint(out, "last", every_n_train_steps=checkpoint_steps, enable_version_counter=False)
         )
     # Its advice is a loader with a state. Ours needs none: `EpochSampler` knows the step.
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
     return L.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=devices,
+        num_nodes=nodes,
         # The backbone is frozen at first: its weights take no part in the loss then.
-        strategy=DDPStrategy(find_unused_parameters=True) if devices > 1 else "auto",
+        strategy=DDPStrategy(find_unused_parameters=True) if devices * nodes > 1 else "auto",
         use_distributed_sampler=False,  # EpochSampler splits by rank
         precision=recipe.precision,  # type: ignore[arg-type]
         max_epochs=recipe.epochs,
@@ -127,6 +148,30 @@ def check_same_recipe(recipe: Recipe, checkpoint: Path) -> None:
             f"{checkpoint} was started with another recipe (other: {', '.join(changed)}): "
             "give another --out, or --fresh to start over"
         )
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Leaves the last step of an epoch to the checkpoint after the epoch.
+
+    A run that goes on from one before its end would pass over its validation, and over what callbacks do then.
+    """
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+def launched() -> tuple[int, int]:
+    """Processes of each machine, and machines, that torchrun or SLURM has started; 0 and 1 where neither has."""
+    if TorchElasticEnvironment.detect():
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        return here, int(os.environ["WORLD_SIZE"]) // here
+    if SLURMEnvironment.detect():
+        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return 0, 1
 
 
 def all_devices(batch_size: int) -> int:
@@ -159,21 +204,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder the recipe's data paths are relative to")
     parser.add_argument("--out", type=Path, help="run folder (default runs/<recipe name>)")
     parser.add_argument(
-        "--devices", type=int, default=0, help="GPUs, or CPU processes (default: all that split the batch)"
+        "--devices",
+        type=int,
+        default=0,
+        help="GPUs, or CPU processes, of each machine (default: as started by torchrun or SLURM, or all that split "
+        "the batch)",
     )
+    parser.add_argument("--nodes", type=int, default=0, help="machines (default: as started by torchrun or SLURM)")
     parser.add_argument("--seed", type=int, help="replace the recipe's seed")
     parser.add_argument("--epochs", type=int, help="replace the recipe's epochs")
     parser.add_argument(
         "--checkpoint-steps", type=int, default=0, metavar="N", help="write last.ckpt after every N steps too"
     )
-    parser.add_argument("--fresh", action="store_true", help="start over even if the run has a checkpoint")
+    parser.add_argument("--fresh", action="store_true", help="start over, and delete what the run has written")
     options = parser.parse_args(arguments)
     overrides = {k: v for k in ("seed", "epochs") if (v := getattr(options, k)) is not None}
     out = options.out or Path("runs") / options.recipe.stem
     try:
         recipe = load_recipe(options.recipe, overrides)
-        devices = options.devices or all_devices(recipe.batch_size)
-        last = train(recipe, options.data, out, devices, not options.fresh, options.checkpoint_steps)
+        processes, machines = launched()
+        devices = options.devices or processes or all_devices(recipe.batch_size)
+        nodes = options.nodes or machines
+        last = train(recipe, options.data, out, devices, not options.fresh, options.checkpoint_steps, nodes)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -145,8 +145,9 @@ class RunRecord(Callback):
         path.write_text(json.dumps(starts, indent=2) + "\n")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # In all processes: means over them are taken when they are asked for.
+        metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         if trainer.is_global_zero:
-            metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
             line = {"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics}
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")

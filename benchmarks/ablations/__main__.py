@@ -19,7 +19,7 @@ from pathlib import Path
 import cv2
 
 from benchmarks import command, write_csv
-from benchmarks.ablations.report import csv_rows, put_section, section
+from benchmarks.ablations.report import check_same_sequences, csv_rows, put_section, section
 from benchmarks.ablations.runs import finished, plan, read_clips
 from benchmarks.ablations.tables import Table, read_table
 
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table = read_table(options.table)
         runs = plan(table, options.rows, options.seeds or table.seeds, options.out)
         clips = read_clips(options.data, runs[0].recipe)
+        if not options.evaluate_only:  # said before hours of training, not after
+            check_same_sequences(finished(table, options.out), clips)
         for run in runs:
             title, began = f"{table.name} {run.row.name}, seed {run.seed}", time.perf_counter()
             if run.result.exists() and not options.evaluate_only:
@@ -54,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run.clean()
             minutes = (time.perf_counter() - began) / 60
             print(f"{title}: dev {result.dev_auc:.3f}, held out {result.held_out_auc:.3f}; {minutes:.1f} min")
-            _publish(table, options, command_line)
+            if not options.evaluate_only:  # there results of before and after stand side by side until all are done
+                _publish(table, options, command_line)
         print(_publish(table, options, command_line))
     except (OSError, ValueError) as error:
         print(f"ablations: {error}", file=sys.stderr)

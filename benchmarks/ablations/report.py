@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import markdown_table
-from benchmarks.ablations.runs import Result
+from benchmarks.ablations.runs import Clips, Result
 from benchmarks.ablations.tables import Table
 from benchmarks.accuracy import HARDEST
 
@@ -47,18 +47,27 @@ def csv_rows(table: Table, results: Sequence[Result]) -> list[dict[str, Any]]:
     ]
 
 
-def check_same_sequences(results: Sequence[Result]) -> None:
+def check_same_sequences(results: Sequence[Result], clips: Clips | None = None) -> None:
     """Refuse to compare runs that were not evaluated on the same sequences.
+
+    Args:
+        results: the runs.
+        clips: what further runs will be evaluated on; None where there are none to come.
 
     Raises:
         ValueError: as said.
     """
-    for result in results:
-        ours, first = ({*r.dev, *r.held_out} for r in (result, results[0]))
-        if ours != first:
+    if not results:
+        return
+    first = {*results[0].dev, *results[0].held_out}
+    others = [(f"row {r.row}, seed {r.seed} was evaluated on", {*r.dev, *r.held_out}) for r in results]
+    if clips is not None:
+        others.append(("the data has", {sequence.name for sequence in (*clips.dev, *clips.held_out)}))
+    for what, sequences in others:
+        if sequences != first:
             raise ValueError(
-                f"row {result.row}, seed {result.seed} was evaluated on other sequences than row {results[0].row} "
-                f"(in one only: {', '.join(sorted(ours ^ first))}); evaluate all again with --evaluate-only"
+                f"{what} other sequences than row {results[0].row}, seed {results[0].seed} was evaluated on "
+                f"(in one only: {', '.join(sorted(sequences ^ first))}); evaluate all again with --evaluate-only"
             )
 
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from siamtrack.plain import from_plain
+from training.checks import read_yaml
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -101,7 +100,7 @@ class Table:
         Raises:
             OSError: the base recipe cannot be read.
         """
-        base = yaml.safe_load((CHECKOUT / self.recipe).read_text(encoding="utf-8"))
+        base = read_yaml(CHECKOUT / self.recipe)
         changes = {
             "seed": seed,
             "model_config": row.model_config,
@@ -118,10 +117,7 @@ def read_table(path: Path) -> Table:
         OSError: it cannot be read.
         ValueError: unknown or missing fields, or values that cannot be.
     """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping of table fields, got {type(content).__name__}")
-    return from_plain(Table, {"name": path.stem, **content}, str(path))
+    return from_plain(Table, {"name": path.stem, **read_yaml(path)}, str(path))
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
