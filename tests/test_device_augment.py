@@ -19,8 +19,8 @@ from training.augment import (
     Corruption,
     Effects,
     Light,
+    LightConfig,
     draw_effects,
-    motion_blur,
     motion_kernel,
     photometric,
 )
@@ -98,7 +98,7 @@ def test_motion_blur(put_on: Callable[..., np.ndarray]) -> None:
     assert set(row[16:25].tolist()) == {round(255 / 9)}
     np.testing.assert_array_equal(out[1], out[0].transpose(1, 0, 2))
     for (length, angle), blurred in zip(lines, out, strict=True):
-        np.testing.assert_allclose(blurred, motion_blur(point(), length, angle), atol=1)
+        np.testing.assert_allclose(blurred, cv2.filter2D(point(), -1, motion_kernel(length, angle)), atol=1)
 
 
 def test_gaussian_blur(put_on: Callable[..., np.ndarray]) -> None:
@@ -151,11 +151,18 @@ def test_half_precision_around_it_changes_nothing(put_on: Callable[..., np.ndarr
         np.testing.assert_array_equal(put_on(crops, *drawn), wanted)
 
 
-def test_the_same_draw_gives_the_same_crop_as_in_the_loader(put_on: Callable[..., np.ndarray]) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [LightConfig(), LightConfig(colour=1, motion=0.5, motion_shape="cross", motion_px=45)],
+    ids=["ours", "pysot"],
+)
+def test_the_same_draw_gives_the_same_crop_as_in_the_loader(
+    put_on: Callable[..., np.ndarray], config: LightConfig
+) -> None:
     """Light, blur and resolution of 300 draws, but for rounding: OpenCV's arithmetic is of whole numbers."""
     crops = np.stack([photo(seed % 5) for seed in range(300)])
-    ours = put_on(crops, *(draw_effects(127, False, np.random.default_rng([3, seed])) for seed in range(300)))
-    wanted = np.stack([photometric(crop, np.random.default_rng([3, seed])) for seed, crop in enumerate(crops)])
+    ours = put_on(crops, *(draw_effects(127, False, np.random.default_rng([3, seed]), config) for seed in range(300)))
+    wanted = np.stack([photometric(crop, np.random.default_rng([3, seed]), config) for seed, crop in enumerate(crops)])
     difference = np.abs(ours.astype(int) - wanted)
     assert difference.max() <= 2
     assert difference.mean() < 0.1

@@ -24,7 +24,19 @@ from siamtrack.nets.build import build_model
 from siamtrack.nets.decode import Grid
 from siamtrack.plain import to_plain
 from training import pairs as pairs_module
-from training.augment import Cutout, Jitter, corrupted, jittered_window, motion_blur, paste, photometric, rotate
+from training.augment import (
+    PYSOT_COLOUR,
+    Cutout,
+    Jitter,
+    LightConfig,
+    corrupted,
+    draw_light,
+    jittered_window,
+    motion_kernel,
+    paste,
+    photometric,
+    rotate,
+)
 from training.data import list_images, read_coco, read_stills, read_video
 from training.dataset import EpochSampler, LabelConfig, PairDataset, collate
 from training.frames import pair_frames, triplet_frames
@@ -352,12 +364,66 @@ def test_photometric_returns_a_new_image_of_the_same_shape() -> None:
 def test_motion_blur_keeps_brightness_and_runs_along_its_angle() -> None:
     image = np.zeros((41, 41, 3), np.uint8)
     image[20, 20] = 255
-    blurred = motion_blur(image, 9, 0.0)[:, :, 0]
+    blurred = cv2.filter2D(image, -1, motion_kernel(9, 0.0))[:, :, 0]
     assert np.flatnonzero(blurred.any(axis=1)).tolist() == [20]
     assert np.flatnonzero(blurred.any(axis=0)).tolist() == list(range(16, 25))
     assert int(blurred.sum()) == pytest.approx(255, abs=9)
     flat = np.full((41, 41, 3), 90, np.uint8)
-    np.testing.assert_array_equal(motion_blur(flat, 7, 1.0), flat)
+    np.testing.assert_array_equal(cv2.filter2D(flat, -1, motion_kernel(7, 1.0)), flat)
+
+
+NO_LIGHT: dict[str, Any] = dict.fromkeys(("gain", "gamma", "tint", "grey", "motion", "gaussian", "coarse"), 0.0)
+
+
+def test_light_as_pysot_has_it() -> None:
+    """An offset of every crop's colour, and a cross for a kernel."""
+    fields = {**NO_LIGHT, "mildest": 1, "colour": 1, "motion": 0.2}
+    config = LightConfig(**fields, motion_shape="cross", motion_px=45)
+    drawn = [draw_light(255, np.random.default_rng(seed), config) for seed in range(4000)]
+    assert {(light.gain, light.gamma, light.grey, light.sigma_px, light.coarse_px) for light in drawn} == {
+        (1.0, 1.0, False, 0.0, 0)
+    }
+    tints = 255 * np.array([light.tint_bgr[::-1] for light in drawn])  # red, green, blue
+    np.testing.assert_allclose(np.cov(tints.T), PYSOT_COLOUR @ PYSOT_COLOUR.T, atol=2.5)
+    crosses = [light for light in drawn if light.motion_px]
+    assert len(crosses) / len(drawn) == pytest.approx(0.2, abs=0.02)
+    assert {light.motion_px for light in crosses} == set(range(5, 46, 2))
+    for light in crosses[:20]:
+        kernel = light.kernel()
+        assert kernel is not None and kernel.shape == (45, 45) and kernel.sum() == pytest.approx(1, abs=1e-5)
+        middle, half = 22, light.motion_px // 2
+        assert kernel[middle - half, middle] == pytest.approx(light.upright / light.motion_px)
+        assert np.count_nonzero(kernel) == 2 * light.motion_px - 1
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_each_crop_has_its_light(tracks: Tracks, deferred: bool) -> None:
+    lights = {
+        "template_light": LightConfig(**NO_LIGHT),
+        "search_light": LightConfig(**{**NO_LIGHT, "grey": 1.0, "mildest": 1}),
+    }
+    config = PairConfig(mix={"video": 1.0}, **PLAIN, **lights)
+    pair = PairSampler(*tracks, config, ImageCache(0.1), 127, 255, False, deferred).draw(np.random.default_rng(0))
+    if deferred:
+        assert not pair.effects["template"].light.grey and pair.effects["search"].light.grey
+    else:
+        colourful = [np.ptp(crop.astype(int), axis=2).max() > 0 for crop in (pair.template, pair.search)]
+        assert colourful == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mildest": 1.5}, r"mildest must be in 0 to 1, got 1\.5"),
+        ({"motion_shape": "star"}, "motion_shape must be one of line, cross, got 'star'"),
+        ({"motion_shape": "cross", "motion_px": 3}, "motion_px of a cross must be at least 5, got 3"),
+        ({"gaussian": 0.6, "coarse": 0.5}, r"chances must be at most 1, .*got grey 0\.12, 0\.12 \+ 0\.6 \+ 0\.5"),
+        ({"tint": -1.0}, "tint must be at least 0"),
+    ],
+)
+def test_light_that_cannot_be(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LightConfig(**fields)
 
 
 def test_corrupted_templates() -> None:
@@ -529,7 +595,7 @@ def test_each_kind_alone_draws_valid_pairs(tracks: Tracks, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["video", "still", "cutout"])
 def test_box_is_where_the_target_is(tracks: Tracks, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs_module, "photometric", lambda image, rng: image)
+    monkeypatch.setattr(pairs_module, "photometric", lambda image, *_: image)
     for pair in draw(sampler(tracks, mix={kind: 1.0}, **PLAIN), 12):
         distance = np.abs(pair.search.astype(int) - TARGET_BGR).max(axis=2)
         target = distance < 40
@@ -551,7 +617,7 @@ def test_box_is_where_the_target_is(tracks: Tracks, kind: str, monkeypatch: pyte
 
 
 def test_a_mirrored_search_crop_takes_its_box_along(tracks: Tracks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs_module, "photometric", lambda image, rng: image)
+    monkeypatch.setattr(pairs_module, "photometric", lambda image, *_: image)
     for pair in draw(sampler(tracks, mix={"still": 1.0}, **{**PLAIN, "flip": 1.0}), 6):
         rows, columns = np.nonzero(np.abs(pair.search.astype(int) - TARGET_BGR).max(axis=2) < 40)
         cx, cy, _, _ = pair.box_cxcywh
@@ -559,7 +625,7 @@ def test_a_mirrored_search_crop_takes_its_box_along(tracks: Tracks, monkeypatch:
 
 
 def test_a_part_of_an_object_is_inside_it(tracks: Tracks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs_module, "photometric", lambda image, rng: image)
+    monkeypatch.setattr(pairs_module, "photometric", lambda image, *_: image)
     seen = np.random.default_rng(5)
     for pair in draw(sampler(tracks, mix={"still": 1.0}, part=1.0, **PLAIN), 12):
         target = np.abs(pair.search.astype(int) - TARGET_BGR).max(axis=2) < 40
@@ -597,7 +663,7 @@ def test_each_kind_draws_triplets(tracks: Tracks, kind: str) -> None:
 
 def test_triplets_show_the_target_in_every_template(tracks: Tracks, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("photometric", "corrupted"):
-        monkeypatch.setattr(pairs_module, name, lambda image, rng: image)
+        monkeypatch.setattr(pairs_module, name, lambda image, *_: image)
     for kind in ("video", "still", "cutout"):
         for pair in draw(triplets(tracks, mix={kind: 1.0}, **PLAIN), 6):
             for crop in (pair.template, pair.history, pair.current):
@@ -751,7 +817,7 @@ def test_share_of_negatives(tracks: Tracks) -> None:
 
 @pytest.mark.parametrize("extra", ["distractor", "occluder"])
 def test_pasted_objects_spare_or_cover_the_target(tracks: Tracks, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs_module, "photometric", lambda image, rng: image)
+    monkeypatch.setattr(pairs_module, "photometric", lambda image, *_: image)
     _, _, photos = tracks
     # Green outlined objects to paste, red targets without outlines.
     root = photos[0].parent
@@ -777,7 +843,7 @@ def test_pasted_objects_spare_or_cover_the_target(tracks: Tracks, extra: str, mo
 @pytest.mark.parametrize("extra", ["distractor", "occluder"])
 def test_the_target_is_no_distractor_of_itself(tracks: Tracks, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second copy of it would be labelled background; of a negative pair, neither object may come in again."""
-    monkeypatch.setattr(pairs_module, "photometric", lambda image, rng: image)
+    monkeypatch.setattr(pairs_module, "photometric", lambda image, *_: image)
     videos, _, photos = tracks
     root = photos[0].parent
     green = Track("g", (painted(root / "green.png", (100, 80, 60, 48), (40, 200, 40)),), (0,))

@@ -10,10 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siamtrack.crop import Window, context_size, mean_bgr
+from training.checks import not_negative, one_of
 
 Image = NDArray[np.uint8]
 Rng = np.random.Generator
-KERNEL_PX = 13  # side that every blur's kernel fits in
+KERNEL_PX = 13  # side that every blur's kernel fits in, where no longer motion is asked for
+MOTIONS = ("line", "cross")
+# Times three normal numbers, what pysot adds to red, green and blue of 0 to 255. Its rows look like principal
+# components, which would be columns then; it is multiplied as it stands, and blue varies most.
+PYSOT_COLOUR = np.array(
+    [
+        [-0.55919361, 0.98062831, -0.41940627],
+        [1.72091413, 0.19879334, -1.82968581],
+        [4.64467907, 4.73710203, 4.88324118],
+    ]
+)
 RAMP = np.arange(256) / 255.0
 CORRUPTION_CHANCE = 0.5  # of noise, and of a rectangle
 
@@ -47,6 +58,58 @@ def jittered_window(
 
 
 @dataclass(frozen=True)
+class LightConfig:
+    """How much light and sharpness vary from crop to crop.
+
+    Attributes:
+        mildest: a crop's strength is uniform in [mildest, 1]. It scales gain, gamma, tint and all chances.
+        gain: factor on a value in 0 to 1, uniform in 1 +- gain.
+        gamma: log of its exponent, uniform in +-gamma.
+        tint: added to each channel of 0 to 1, uniform in +-tint.
+        colour: share of pysot's colour offset, added besides: `PYSOT_COLOUR` times three normal numbers.
+        grey: chance of no colour.
+        motion: chance of motion blur.
+        motion_shape: "line", of 3 to `motion_px` pixels at any angle; or pysot's "cross", of an odd number from 5 to
+            `motion_px` in each direction, a random share of it upright.
+        motion_px: see there.
+        gaussian: chance of Gaussian blur.
+        coarse: chance of loss of resolution.
+    """
+
+    mildest: float = 0.2
+    gain: float = 0.3
+    gamma: float = 0.35
+    tint: float = 0.08
+    colour: float = 0.0
+    grey: float = 0.12
+    motion: float = 0.12
+    motion_shape: str = "line"
+    motion_px: int = KERNEL_PX
+    gaussian: float = 0.10
+    coarse: float = 0.12
+
+    def __post_init__(self) -> None:
+        one_of("motion_shape", self.motion_shape, MOTIONS)
+        not_negative(gain=self.gain, gamma=self.gamma, tint=self.tint, colour=self.colour, grey=self.grey)
+        not_negative(motion=self.motion, gaussian=self.gaussian, coarse=self.coarse)
+        if not 0 <= self.mildest <= 1:
+            raise ValueError(f"mildest must be in 0 to 1, got {self.mildest}")
+        least = {"line": 3, "cross": 5}[self.motion_shape]
+        if self.motion_px < least:
+            raise ValueError(f"motion_px of a {self.motion_shape} must be at least {least}, got {self.motion_px}")
+        if self.grey > 1 or self.motion + self.gaussian + self.coarse > 1:
+            raise ValueError(
+                f"chances must be at most 1, those of motion, gaussian and coarse together: got grey {self.grey}, "
+                f"{self.motion} + {self.gaussian} + {self.coarse}"
+            )
+
+    @property
+    def kernel_px(self) -> int:
+        """Side that every blur's kernel fits in."""
+        return max(KERNEL_PX, self.motion_px | 1)
+
+
+@dataclass(frozen=True)
 class Light:
     """How one crop is lit and how sharp it is. At most one of motion blur, Gaussian blur and coarse resolution.
 
@@ -55,10 +118,12 @@ class Light:
         gamma: exponent of the value, before the gain.
         tint_bgr: added to each channel, after the gain.
         grey: no colour.
-        motion_px: length of the motion blur, at most `KERNEL_PX` pixels; 0 for none.
-        motion_rad: its direction.
+        motion_px: length of the motion blur, at most `kernel_px`; 0 for none.
+        motion_rad: direction of its line.
+        upright: of a cross, share of its upright line; negative for one line.
         sigma_px: deviation of the Gaussian blur, so that `KERNEL_PX` holds three of them to each side; 0 for none.
         coarse_px: side that the crop is shrunk to before it is enlarged again; 0 for none.
+        kernel_px: side of `kernel`.
     """
 
     gain: float
@@ -67,8 +132,10 @@ class Light:
     grey: bool
     motion_px: int = 0
     motion_rad: float = 0.0
+    upright: float = -1.0
     sigma_px: float = 0.0
     coarse_px: int = 0
+    kernel_px: int = KERNEL_PX
 
     def table(self) -> NDArray[np.uint8]:
         """What gain, gamma and tint make of the values 0 to 255 in each channel ``[256, 3]``."""
@@ -76,48 +143,60 @@ class Light:
         return np.clip(values, 0, 255).astype(np.uint8)
 
     def kernel(self) -> NDArray[np.float32] | None:
-        """Weights ``[KERNEL_PX, KERNEL_PX]`` of the blur about the middle pixel, of sum 1; None without blur."""
+        """Weights ``[kernel_px, kernel_px]`` of the blur about the middle pixel, of sum 1; None without blur."""
         if self.motion_px:
-            small = motion_kernel(self.motion_px, self.motion_rad)
+            small = self.motion()
         elif self.sigma_px:
             side = round(6 * self.sigma_px + 1) | 1  # OpenCV's choice for bytes
             line = np.asarray(cv2.getGaussianKernel(side, self.sigma_px, cv2.CV_32F), np.float32)
             small = line @ line.T
         else:
             return None
-        kernel = np.zeros((KERNEL_PX, KERNEL_PX), np.float32)
-        start = KERNEL_PX // 2 - len(small) // 2
+        kernel = np.zeros((self.kernel_px, self.kernel_px), np.float32)
+        start = self.kernel_px // 2 - len(small) // 2
         kernel[start : start + len(small), start : start + len(small)] = small
         return kernel
 
+    def motion(self) -> NDArray[np.float32]:
+        """Weights ``[motion_px, motion_px]`` of the motion blur."""
+        if self.upright < 0:
+            return motion_kernel(self.motion_px, self.motion_rad)
+        return cross_kernel(self.motion_px, self.upright)
 
-def draw_light(side_px: int, rng: Rng) -> Light:
-    """A random light, often mild, for a crop of `side_px`."""
-    strength = rng.uniform(0.2, 1.0)
-    gain = 1 + strength * rng.uniform(-0.3, 0.3)
-    gamma = float(np.exp(strength * rng.uniform(-0.35, 0.35)))
-    blue, green, red = (strength * rng.uniform(-0.08, 0.08) for _ in range(3))
-    grey = rng.random() < 0.12 * strength
-    light = Light(gain, gamma, (blue, green, red), grey)
+
+def draw_light(side_px: int, rng: Rng, config: LightConfig = LightConfig()) -> Light:
+    """A random light for a crop of `side_px`."""
+    strength = rng.uniform(config.mildest, 1.0)
+    gain = 1 + strength * rng.uniform(-config.gain, config.gain)
+    gamma = float(np.exp(strength * rng.uniform(-config.gamma, config.gamma)))
+    tint = np.array([strength * rng.uniform(-config.tint, config.tint) for _ in range(3)])
+    if config.colour:
+        tint += config.colour / 255 * (PYSOT_COLOUR @ rng.standard_normal(3))[::-1]
+    blue, green, red = tint.tolist()
+    grey = rng.random() < config.grey * strength
+    light = Light(gain, gamma, (blue, green, red), grey, kernel_px=config.kernel_px)
     blur = rng.random()
-    if blur < 0.12 * strength:
-        return replace(light, motion_px=int(rng.integers(3, KERNEL_PX + 1)), motion_rad=rng.uniform(0, np.pi))
-    if blur < 0.22 * strength:
+    if blur < config.motion * strength:
+        if config.motion_shape == "cross":
+            length = 5 + 2 * int(rng.integers((config.motion_px - 5) // 2 + 1))
+            return replace(light, motion_px=length, upright=rng.random())
+        return replace(light, motion_px=int(rng.integers(3, config.motion_px + 1)), motion_rad=rng.uniform(0, np.pi))
+    if blur < (config.motion + config.gaussian) * strength:
         return replace(light, sigma_px=rng.uniform(0.6, 2.0))
-    if blur < 0.34 * strength:
+    if blur < (config.motion + config.gaussian + config.coarse) * strength:
         return replace(light, coarse_px=max(int(side_px * rng.uniform(0.25, 0.7)), 8))
     return light
 
 
-def photometric(image: Image, rng: Rng) -> Image:
-    """Random light, colour, greyness, blur, motion blur and loss of resolution, often mild; same shape, new array."""
+def photometric(image: Image, rng: Rng, config: LightConfig = LightConfig()) -> Image:
+    """Random light, colour, greyness, blur, motion blur and loss of resolution; same shape, new array."""
     side = image.shape[0]
-    light = draw_light(side, rng)
+    light = draw_light(side, rng, config)
     out: Any = cv2.LUT(image, light.table()[None])
     if light.grey:
         out = cv2.cvtColor(cv2.cvtColor(out, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
     if light.motion_px:
-        out = motion_blur(out, light.motion_px, light.motion_rad)
+        out = cv2.filter2D(out, -1, light.motion())
     elif light.sigma_px:
         out = cv2.GaussianBlur(out, (0, 0), light.sigma_px)
     elif light.coarse_px:
@@ -186,9 +265,9 @@ class Effects:
     noise_seed: int = 0
 
 
-def draw_effects(side_px: int, corrupts: bool, rng: Rng) -> Effects:
+def draw_effects(side_px: int, corrupts: bool, rng: Rng, config: LightConfig = LightConfig()) -> Effects:
     """Random effects for a square crop of `side_px`: light, and corruption if it `corrupts`."""
-    light = draw_light(side_px, rng)
+    light = draw_light(side_px, rng, config)
     if not corrupts:
         return Effects(light)
     noisy, seed = rng.random() < CORRUPTION_CHANCE, int(rng.integers(2**31))
@@ -205,9 +284,12 @@ def motion_kernel(length_px: int, angle: float) -> NDArray[np.float32]:
     return kernel / kernel.sum()
 
 
-def motion_blur(image: Image, length_px: int, angle: float) -> Image:
-    """Average along a line of `length_px` pixels at `angle` radians."""
-    return np.asarray(cv2.filter2D(image, -1, motion_kernel(length_px, angle)), np.uint8)
+def cross_kernel(length_px: int, upright: float) -> NDArray[np.float32]:
+    """Weights ``[length_px, length_px]``, of sum 1: an upright line through the middle of this share, a level one."""
+    kernel = np.zeros((length_px, length_px), np.float32)
+    kernel[:, length_px // 2] += upright / length_px
+    kernel[length_px // 2] += (1 - upright) / length_px
+    return kernel
 
 
 def rotate(

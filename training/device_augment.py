@@ -8,7 +8,7 @@ travels with the crop as small arrays ``CROP.FIELD``:
 |---|---|---|
 | `table` | uint8 [256, 3] | what becomes of a value in each channel |
 | `grey` | bool | no colour |
-| `kernel` | f32 [KERNEL_PX, KERNEL_PX] | of the blur |
+| `kernel` | f32 [K, K] | of the blur, K being `LightConfig.kernel_px` |
 | `blurred` | bool | whether there is one |
 | `coarse_px` | int64 | side that the crop is shrunk to and enlarged from; 0 for none |
 | `deviation` | f32 | of the noise; 0 for none |
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from training.augment import KERNEL_PX, Effects
+from training.augment import Effects
 
 GREY = (0.114, 0.587, 0.299)  # shares of blue, green and red (ITU-R BT.601), as OpenCV has them
 
@@ -41,7 +41,7 @@ def as_arrays(effects: Mapping[str, Effects]) -> dict[str, NDArray[Any]]:
         fields = {
             "table": drawn.light.table(),
             "grey": np.array(drawn.light.grey),
-            "kernel": np.zeros((KERNEL_PX, KERNEL_PX), np.float32) if kernel is None else kernel,
+            "kernel": np.zeros((drawn.light.kernel_px,) * 2, np.float32) if kernel is None else kernel,
             "blurred": np.array(kernel is not None),
             "coarse_px": np.array(drawn.light.coarse_px),
             "deviation": np.array(drawn.corruption.deviation, np.float32),
@@ -74,7 +74,7 @@ def put_on(crops: Tensor, effects: Mapping[str, Tensor]) -> Tensor:
     """Effects on crops.
 
     Args:
-        crops: uint8 ``[N, S, S, 3]`` BGR, at least `KERNEL_PX` wide.
+        crops: uint8 ``[N, S, S, 3]`` BGR, at least as wide as a kernel.
         effects: the fields of `as_arrays`, each ``[N, ...]``, on the same device.
 
     Returns:

@@ -10,7 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siamtrack.crop import context_size, crop
-from training.augment import Effects, Jitter, corrupted, draw_effects, jittered_window, paste, photometric, rotate
+from training.augment import (
+    Effects,
+    Jitter,
+    LightConfig,
+    corrupted,
+    draw_effects,
+    jittered_window,
+    paste,
+    photometric,
+    rotate,
+)
 from training.frames import pair_frames, triplet_frames
 from training.images import ImageCache
 from training.objects import Chooser, Objects
@@ -39,6 +49,8 @@ class PairConfig:
         occluder: chance of a foreign object pasted over part of it.
         template: window jitter of the template crop.
         search: window jitter of the search crop.
+        template_light: light and sharpness of the template crop, and of further templates.
+        search_light: those of the search crop.
         rotation: chance that the search crop is turned about the target.
         rotation_deg: by how much at most.
         flip: chance that the search crop is mirrored left to right: another side of the same thing.
@@ -54,6 +66,8 @@ class PairConfig:
     occluder: float = 0.12
     template: Jitter = Jitter(shift_px=4, scale=0.05, stretch=0.05)
     search: Jitter = Jitter(shift_px=64, scale=0.25, stretch=0.12)
+    template_light: LightConfig = LightConfig()
+    search_light: LightConfig = LightConfig()
     rotation: float = 0.35
     rotation_deg: float = 30.0
     flip: float = 0.1
@@ -189,10 +203,11 @@ class PairSampler:
         effects: dict[str, Effects] = {}
         for name, image in crops.items():
             corrupts = name in ("history", "current")
+            light = self.config.search_light if name == "search" else self.config.template_light
             if self.defer_effects:
-                effects[name] = draw_effects(image.shape[0], corrupts, rng)
+                effects[name] = draw_effects(image.shape[0], corrupts, rng, light)
             else:
-                lit = photometric(image, rng)
+                lit = photometric(image, rng, light)
                 crops[name] = corrupted(lit, rng) if corrupts else lit
         return Pair(**crops, box_cxcywh=np.array(box), positive=positive, effects=effects)
 
