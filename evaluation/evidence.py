@@ -34,7 +34,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames with their truth; None where the target is absent or unlabelled."""
+    """Frames with their truth; None where the target is absent, hidden or unlabelled."""
 
     name: str
     frames: tuple[Path, ...] | Scene
@@ -128,6 +128,9 @@ def closed_loop(bundle: Bundle, clips: Sequence[Clip], thresholds: Thresholds) -
 
     Returns:
         ``frames`` (scored ones), and the columns of `evaluation.metrics.state_statistics`.
+
+    Raises:
+        ValueError: an image or a box of a clip cannot be used.
     """
     rows = []
     with _runner(bundle, thresholds) as runner:

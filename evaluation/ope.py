@@ -5,7 +5,7 @@
 Runs every tracker over every sequence, keeps a result file for each, and prints the tables; ``python -m
 evaluation.report OUT`` makes the page with plots and frames. A sequence whose result is complete is not run again, so a
 run that was stopped goes on where it was. Results belong to a model and its tracking parameters: those of another one
-under the same name are refused, and replaced with ``--rerun``.
+under the same name are refused, and with ``--rerun`` deleted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from evaluation.layouts import LAYOUTS, SequenceRef, find_sequences
 from evaluation.parallel import Job, run_jobs
 from evaluation.peers import PEERS
-from evaluation.records import read_header, records_of, write_attributes, write_record
+from evaluation.records import delete_record, read_header, records_of, write_attributes, write_record
 from evaluation.sequences import image_paths
 from evaluation.tables import load_runs, markdown, tables, write_rows
 from evaluation.trackers import TrackerSpec, model_spec, peer_spec
@@ -101,7 +101,7 @@ def plan(specs: Sequence[TrackerSpec], refs: Sequence[SequenceRef], out: Path, r
         stale = {
             path: header
             for path, header in found.items()
-            if header.fingerprint != fingerprint or digests.get(header.sequence, header.digest) != header.digest
+            if header.fingerprint != fingerprint or (digests.get(header.sequence) or header.digest) != header.digest
         }
         if stale and not rerun:
             path, header = next(iter(stale.items()))
@@ -111,7 +111,7 @@ def plan(specs: Sequence[TrackerSpec], refs: Sequence[SequenceRef], out: Path, r
                 f"replace them, another --out, or another name (NAME={spec.model or spec.peer})"
             )
         for path in stale:  # now, so that no table mixes them with new ones, however far this run comes
-            path.unlink()
+            delete_record(path)
         done = {header.sequence: path for path, header in found.items() if path not in stale}
         for ref in refs:
             if ref.name not in done:
@@ -124,7 +124,7 @@ def plan(specs: Sequence[TrackerSpec], refs: Sequence[SequenceRef], out: Path, r
 
 
 def _digest(ref: SequenceRef) -> str:
-    """Its digest; "" where a part of it is missing, which no record has. Its job then says what it is."""
+    """Its digest; "" where a part of it is missing: what was made of it once counts, else its job says what it is."""
     try:
         return ref.digest()
     except OSError:

@@ -119,6 +119,15 @@ def write_record(
     return path
 
 
+def delete_record(path: Path) -> None:
+    """Delete a record and the text forms beside it."""
+    tracker, sequence, out = path.parent.name, path.stem, path.parents[2]
+    path.unlink()
+    for form in FORMS:
+        for file in _form_files(out / form / tracker, form, sequence):
+            file.unlink(missing_ok=True)
+
+
 def write_attributes(path: Path, attributes: tuple[str, ...]) -> None:
     """Put other attributes into a record; what the tracker did stays."""
     first, _, rest = path.read_text(encoding="utf-8").partition("\n")
@@ -179,12 +188,17 @@ def read_record(path: Path, root: Path | None = None) -> Record:
 
 
 def _write_form(folder: Path, form: str, name: str, result: Result) -> None:
-    rows = "".join(",".join(f"{value:.4f}" for value in box) + "\n" for box in result.boxes_xywh)
+    boxes, *times = _form_files(folder, form, name)
+    _write(boxes, "".join(",".join(f"{value:.4f}" for value in box) + "\n" for box in result.boxes_xywh))
+    for path in times:
+        _write(path, "".join(f"{value:.8f}\n" for value in result.seconds))
+
+
+def _form_files(folder: Path, form: str, name: str) -> list[Path]:
+    """The file of boxes, and for GOT-10k that of seconds."""
     if form == "got10k":
-        _write(folder / name / f"{name}_001.txt", rows)
-        _write(folder / name / f"{name}_time.txt", "".join(f"{value:.8f}\n" for value in result.seconds))
-    else:
-        _write(folder / f"{name}.txt", rows)
+        return [folder / name / f"{name}_001.txt", folder / name / f"{name}_time.txt"]
+    return [folder / f"{name}.txt"]
 
 
 def _write(path: Path, text: str) -> None:

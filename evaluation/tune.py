@@ -168,7 +168,9 @@ def study_facts(model: str, refs: Sequence[SequenceRef], checks: Sequence[Sequen
     The values in `RANGES` are left out: a study goes on after its choice was written.
     """
     return {
-        "model or thresholds": TrackerSpec("", model, tracking=tuple((name, 0.0) for name in RANGES)).fingerprint(),
+        "model or thresholds": TrackerSpec(
+            "", model, precision=load_bundle(model).manifest.precision, tracking=tuple((name, 0.0) for name in RANGES)
+        ).fingerprint(),
         "sequences": {ref.name: ref.digest() for ref in refs},
         "validation sequences": {ref.name: ref.digest() for ref in checks},
         "seed": seed,

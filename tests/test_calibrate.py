@@ -200,8 +200,12 @@ def test_state_report() -> None:
         ["LOST", "0.00", "-"],
     ]
     missed = {**row, "hit_tracking": 0.89, "share_lost": 0.1, "hit_lost": 0.11}
+    never = {**row, "share_tracking": 0.0, "hit_tracking": float("nan"), "share_lost": 0.0, "hit_lost": float("nan")}
+    assert state_report({"frames": 40, **never}).splitlines()[4:] == [
+        "goal missed: TRACKING does not mean the target in 90% of its frames"
+    ]
     assert state_report({"frames": 40, **missed}).splitlines()[4:] == [
-        "goal missed: TRACKING means the target in fewer than 90% of its frames",
+        "goal missed: TRACKING does not mean the target in 90% of its frames",
         "goal missed: LOST means the target in more than 10% of its frames",
     ]
 

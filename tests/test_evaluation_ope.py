@@ -152,6 +152,8 @@ def test_results_of_two_models_are_never_mixed(data, tmp_path, capsys, monkeypat
     (data / "a_otb" / "img" / "0003.jpg").write_text("not an image")
     assert run(data, out, "--rerun") == 1
     assert set(written(out)) == {"b_video.csv"}  # no old result stands in for the one that failed
+    for form in records.FORMS:
+        assert [path.stem for path in (out / form / "static").rglob("*a_otb*.txt")] == []
 
 
 def test_labels_that_come_later_are_seen(tmp_path, capsys):
@@ -203,6 +205,10 @@ def test_one_bad_sequence_does_not_end_the_others(data, tmp_path, capsys):
     (data / "a_otb" / "img").mkdir()  # not unpacked yet
     assert run(data, tmp_path / "out") == 1
     assert "failed: static on a_otb: FileNotFoundError: no image in" in capsys.readouterr().err
+    for path in (data / "b_video" / "img").iterdir():
+        path.unlink()
+    assert run(data, tmp_path / "out") == 1  # what was made of it when it was there stands
+    assert set(written(tmp_path / "out")) == {"b_video.csv"} and "1 sequences, 4" in capsys.readouterr().out
 
 
 # Trackers

@@ -48,7 +48,7 @@ def read_video(folder: Path) -> list[Track]:
         rows: dict[str, list[tuple[int, Box]]] = defaultdict(list)
         for row in _read_csv(folder / "tracks.csv", ("frame", "id", "x", "y", "w", "h")):
             (number,) = row.numbers("frame")
-            if number not in range(1, len(images) + 1):
+            if not (number.is_integer() and 1 <= number <= len(images)):
                 raise ValueError(f"{row.where} names frame {number:g}, there are {len(images)} images")
             rows[row["id"]].append((int(number) - 1, row.box()))
         return [

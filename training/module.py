@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from siamtrack.nets.backbones import MobileNetV2, ResNet50, TwoBackbones
 from siamtrack.nets.build import build_model
@@ -56,8 +57,8 @@ class SiameseModule(L.LightningModule):
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.search_graph = SearchGraph(self.net)  # type: ignore[arg-type]
         self.template_graph = TemplateGraph(self.net)  # type: ignore[arg-type]
+        self.epoch_loss = MeanMetric()  # of batches that were not skipped
         self._statistics: list[Tensor] = []
-        self._validated = torch.zeros(len(VALIDATION), 2)  # sum and count of each
         if not 0 <= self.recipe.unfreeze_stages <= len(self._stages()):
             raise ValueError(
                 f"unfreeze_stages must be 0 to {len(self._stages())} for {self.recipe.model}, "
@@ -98,12 +99,12 @@ class SiameseModule(L.LightningModule):
         loss = self.objective.total(terms)
         self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
         self.log("train/loss", loss.detach())
-        size = len(batch["search"])
-        self.log("train/epoch_loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         # A broken batch must not reach the weights. Its gradients are made NaN, which every process learns of when they
         # are averaged: all of them skip the step (`on_before_optimizer_step`), and none waits for another.
         broken = ~torch.isfinite(loss.detach()) | (loss.detach() > LOSS_LIMIT)
+        self.epoch_loss.update(torch.where(broken, 0.0, loss.detach()), weight=(~broken).float())
+        self.log("train/epoch_loss", self.epoch_loss, on_step=False, on_epoch=True)
         return loss * torch.where(broken, torch.nan, 1.0)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -134,6 +135,7 @@ class SiameseModule(L.LightningModule):
             self._validated[row] += torch.stack([values.double().sum(), values.new_tensor(len(values)).double()])
 
     def on_validation_epoch_start(self) -> None:
+        """Begin sum and count of each of `VALIDATION`."""
         self._validated = torch.zeros(len(VALIDATION), 2, dtype=torch.float64, device=self.device)
 
     def on_validation_epoch_end(self) -> None:

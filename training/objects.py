@@ -118,7 +118,7 @@ class Objects:
                 paste(search, cutout, (centre[0], centre[1]), size, rng.uniform(-15, 15))
 
     def add_occluder(self, search: Crop, box: CxCyWH, without: Collection[str], rng: Rng) -> None:
-        """Paste a foreign object over one side of the target, hiding up to about half; arguments as above."""
+        """Paste a foreign object over one side of the target, up to about half; arguments of `add_distractors`."""
         drawn = self._draw(rng, without)
         if drawn is None:
             return

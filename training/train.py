@@ -24,13 +24,12 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
 
 from siamtrack.plain import to_plain
 from training.loading import PairDataModule
 from training.module import SiameseModule
 from training.recipe import Recipe, load_recipe, recipe_from_dict
-from training.watch import EndOnSigterm, KeepFrozen, RunRecord, SampleSheets, Throughput
+from training.watch import EndOnSigterm, KeepFrozen, RunRecord, SampleSheets, StartOver, Throughput
 
 
 def train(
@@ -49,7 +48,8 @@ def train(
         data_root: folder the recipe's data paths are relative to.
         out: the run's folder, made when missing.
         devices: GPUs, or processes on a CPU, of each machine.
-        resume: go on from ``out/last.ckpt`` if it is there; else what an earlier run wrote is deleted.
+        resume: go on from ``out/last.ckpt`` if it is there. False deletes what an earlier run has written, as soon as
+            recipe, weights and data have been read.
         checkpoint_steps: write it after every so many steps too, not only after epochs; 0 for epochs alone.
         nodes: machines, each of which runs this with the same arguments; they share `out`.
 
@@ -66,12 +66,12 @@ def train(
     if resuming:
         check_same_recipe(recipe, last)
     out.mkdir(parents=True, exist_ok=True)
-    if not resume and getattr(rank_zero_only, "rank", 0) == 0:
-        clear(out)
     (out / "recipe.yaml").write_text(yaml.safe_dump(to_plain(recipe), sort_keys=False))
     set_up_process(recipe.seed, devices)
     module = SiameseModule(to_plain(recipe), str(data_root))
     trainer = make_trainer(recipe, out, devices, checkpoint_steps, nodes)
+    if not resume:
+        trainer.callbacks.insert(0, StartOver(out))  # type: ignore[attr-defined]
     resume_from = str(last) if resuming else None
     trainer.fit(module, PairDataModule(recipe, data_root, module.net), ckpt_path=resume_from, weights_only=True)
     return last
@@ -86,20 +86,13 @@ def set_up_process(seed: int, devices: int) -> None:
         torch.set_num_threads(1)  # one-thread processes beat one process of many threads on small images
 
 
-def clear(run: Path) -> None:
-    """Delete what a run wrote, so that nothing of it is taken for part of the next one."""
-    for pattern in ("*.ckpt", "metrics.jsonl", "run.json", "events.out.tfevents*"):
-        for path in run.glob(pattern):
-            path.unlink()
-
-
 def make_trainer(recipe: Recipe, out: Path, devices: int = 1, checkpoint_steps: int = 0, nodes: int = 1) -> L.Trainer:
     """What drives a run and notes into `out` what happens; arguments as of `train`."""
     validates = bool(recipe.data.validation_videos) and recipe.validation_pairs > 0
     callbacks: list[Callback] = [LearningRateMonitor("step"), Throughput(), SampleSheets(), EndOnSigterm()]
     callbacks.append(RunRecord(out, recipe.seed))
     if recipe.optim.ema:
-        warmup = recipe.optim.warmup_epochs * recipe.pairs_per_epoch / recipe.batch_size
+        warmup = recipe.optim.warmup_epochs * recipe.steps_per_epoch
         callbacks.append(EMAWeightAveraging(decay=recipe.optim.ema, update_starting_at_step=int(warmup)))
     if validates:
         callbacks.append(ModelCheckpoint(out, "best", "val/iou", mode="max", enable_version_counter=False))
@@ -225,7 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
         processes, machines = launched()
         devices = options.devices or processes or all_devices(recipe.batch_size)
         nodes = options.nodes or machines
-        last = train(recipe, options.data, out, devices, not options.fresh, options.checkpoint_steps, nodes)
+        requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # SLURM repeats the command, --fresh and all
+        resume = requeued or not options.fresh
+        last = train(recipe, options.data, out, devices, resume, options.checkpoint_steps, nodes)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import signal
 import subprocess
 import threading
@@ -68,8 +70,28 @@ class EndOnSigterm(Callback):
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread() and not SLURMEnvironment.detect():
+        requeues = isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment)
+        if threading.current_thread() is threading.main_thread() and not requeues:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # until Lightning puts back what was there
+
+
+class StartOver(Callback):
+    """Deletes what an earlier run wrote into this one's folder, lest anything of it be taken for part of this.
+
+    Args:
+        out: the run's folder.
+    """
+
+    WRITTEN = ("last.ckpt", "best.ckpt", "frozen.ckpt", "metrics.jsonl", "run.json", "events.out.tfevents*")
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """By now weights and data have been read: a run that cannot start deletes nothing."""
+        for path in itertools.chain.from_iterable(map(self._out.glob, self.WRITTEN)):
+            if trainer.is_global_zero:
+                path.unlink()
 
 
 class KeepFrozen(Callback):
@@ -147,6 +169,7 @@ class RunRecord(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # In all processes: means over them are taken when they are asked for.
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # JSON has no NaN
         if trainer.is_global_zero:
             line = {"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics}
             with (self.folder / "metrics.jsonl").open("a") as file:
