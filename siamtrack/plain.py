@@ -6,6 +6,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -85,3 +86,22 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 def _check(ok: bool, where: str, expected: str, value: Any) -> None:
     if not ok:
         raise ValueError(f"{where}: expected {expected}, got {value!r}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file.
+
+    Raises:
+        OSError: it cannot be read.
+        ImportError: PyYAML is not installed.
+        ValueError: not YAML, or not a mapping.
+    """
+    import yaml  # here: what only runs trackers does without it
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of fields, got {type(content).__name__}")
+    return content

@@ -10,8 +10,8 @@ from typing import Any
 from siamtrack.nets import MODELS
 from siamtrack.nets.build import check_model_config
 from siamtrack.nets.decode import AnchorBased
-from siamtrack.plain import from_plain
-from training.checks import not_negative, one_of, read_yaml
+from siamtrack.plain import from_plain, read_yaml
+from training.checks import not_negative, one_of
 from training.dataset import LabelConfig
 from training.layouts import LAYOUTS
 from training.objectives import Objective, build_objective

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from siamtrack.plain import from_plain
-from training.checks import read_yaml
+from siamtrack.plain import from_plain, read_yaml
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
