@@ -12,6 +12,13 @@ TRUTH = np.array([[10.0 + 5 * index, 20, 20, 10] for index in range(5)])
 SIZE = (96, 64)
 
 
+def write_image(path: Path, image: np.ndarray) -> Path:
+    """One image; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), image)
+    return path
+
+
 def write_images(folder: Path, truth_xywh: np.ndarray, pattern: str = "{:04d}.jpg", first: int = 1) -> None:
     """Frames of 96 x 64 with a bright textured target on grey noise."""
     rng = np.random.default_rng(0)
