@@ -89,8 +89,8 @@ class StartOver(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """By now weights and data have been read: a run that cannot start deletes nothing."""
-        for path in itertools.chain.from_iterable(map(self._out.glob, self.WRITTEN)):
-            if trainer.is_global_zero:
+        if trainer.is_global_zero:
+            for path in itertools.chain.from_iterable(map(self._out.glob, self.WRITTEN)):
                 path.unlink()
 
 
