@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from siamtrack.nets.build import build_model
 from training import prepare as prepare_module
@@ -19,7 +21,7 @@ from training.collect import collect
 from training.loading import crop_shape, make_samplers
 from training.prepare import main, prepare
 from training.recipe import Recipe, recipe_from_dict
-from training.shards import _corners, reach_needed
+from training.shards import _corners, reach_needed, read_shards
 
 SHAPE = crop_shape(build_model("siamcan-mobilenetv2"))
 
@@ -79,6 +81,12 @@ def shards(data: Path) -> Path:
     return data / "shards"
 
 
+@pytest.fixture(scope="module")
+def raw_shards(data: Path) -> Path:
+    prepare(recipe(), data, data / "raw", shard_mb=0.5, quality=None)
+    return data / "raw"
+
+
 def sampler(plan: Recipe, root: Path) -> Any:
     return make_samplers(plan, collect(plan, root, SHAPE.template_px, SHAPE.search_px), SHAPE)[0]
 
@@ -95,6 +103,37 @@ def test_pairs_from_shards_are_those_of_the_raw_data(data: Path, shards: Path, k
             difference = np.abs(a.astype(int) - b)
             assert difference.mean() < 2.0, i  # JPEG, seen through light that is stretched by up to 1.3
             assert np.percentile(difference, 99) <= 12, i
+
+
+@pytest.mark.parametrize("kind", ["video", "still", "cutout", "region"])
+def test_pairs_from_raw_shards_are_those_of_the_raw_data_to_the_bit(data: Path, raw_shards: Path, kind: str) -> None:
+    pairs = {"mix": {kind: 1.0}, "distractor": 0.5, "occluder": 0.5, "negative": 0.3}
+    files, stored = sampler(recipe(pairs=pairs), data), sampler(recipe(pairs=pairs, shards="raw"), data)
+    for i in range(16):
+        ours, theirs = (s.draw(np.random.default_rng([5, i])) for s in (files, stored))
+        np.testing.assert_allclose(ours.box_cxcywh, theirs.box_cxcywh, atol=1e-6)
+        np.testing.assert_array_equal(ours.template, theirs.template)
+        np.testing.assert_array_equal(ours.search, theirs.search)
+
+
+def test_raw_pixels_are_not_kept_twice(data: Path, raw_shards: Path) -> None:
+    """The system keeps what was read of a file."""
+    stored = sampler(recipe(shards="raw"), data)
+    for i in range(16):
+        stored.draw(np.random.default_rng(i))
+    assert stored.images._held_bytes == 0
+
+
+def test_a_large_raw_photo_is_shrunk(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for name, size in (("large", (1600, 1200)), ("small", (300, 200))):
+        cv2.imwrite(str(tmp_path / "photos" / f"{name}.jpg"), smooth(np.random.default_rng(0), size, 100))
+    only = recipe(videos=[], stills=[], pairs={"mix": {"region": 1.0}})
+    prepare(only, tmp_path, tmp_path / "shards", quality=None)
+    kept = recipe(videos=[], stills=[], shards="shards", pairs={"mix": {"region": 1.0}})
+    _, _, photos = read_shards(tmp_path / "shards", 0)
+    images = sampler(kept, tmp_path).images
+    assert [images.bgr(photo).shape for photo in photos] == [(1000, 1333, 3), (200, 300, 3)]
 
 
 def test_large_targets_are_shrunk_and_stay_in_place(tmp_path: Path) -> None:
@@ -128,6 +167,25 @@ def test_shards_are_in_webdataset_naming(shards: Path) -> None:
     assert sorted(keys) == [f"{i:09d}" for i in range(12)]
     assert sum(files == {"jpg", "json", "png"} for files in keys.values()) == 5
     assert sum(files == {"jpg", "json"} for files in keys.values()) == 7
+
+
+def test_raw_pixels_are_numpy_files_in_webdataset_naming(raw_shards: Path) -> None:
+    keys: dict[str, dict[str, NDArray[np.uint8]]] = {}
+    for path in raw_shards.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            for member in tar.getmembers():
+                key, suffix = member.name.split(".", 1)
+                content = tar.extractfile(member)
+                assert content is not None
+                if suffix != "json":
+                    keys.setdefault(key, {})[suffix] = np.load(io.BytesIO(content.read()))
+    assert sorted(keys) == [f"{i:09d}" for i in range(12)]
+    assert all(files["npy"].dtype == np.uint8 and files["npy"].shape[2] == 3 for files in keys.values())
+    outlined = [files for files in keys.values() if "mask.npy" in files]
+    assert len(outlined) == 5
+    for files in outlined:
+        assert files["mask.npy"].shape == files["npy"].shape[:2]
+        assert set(np.unique(files["mask.npy"])) == {0, 255}
 
 
 def test_a_second_start_writes_only_what_is_missing_or_damaged(data: Path, tmp_path: Path) -> None:
@@ -247,6 +305,10 @@ def test_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     arguments = [str(path), "--data", str(data), "--out", str(tmp_path / "out"), "--processes", "1"]
     assert main(arguments) == 0
     assert "1 shards in" in capsys.readouterr().out
+    assert main([*arguments, "--raw"]) == 0
+    assert "1 of them written now" in capsys.readouterr().out  # another plan than of JPEG
+    with tarfile.open(tmp_path / "out" / "000000.tar") as tar:
+        assert "000000000.npy" in tar.getnames()
     path.write_text(json.dumps({"model": "siamcan-mobilenetv2"}))
     assert main(arguments) == 2
     assert "the recipe names no data" in capsys.readouterr().err

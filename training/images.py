@@ -1,7 +1,11 @@
-"""Decoded images, from files or shards, kept in memory up to a limit."""
+"""Images from files or shards; decoded ones are kept in memory up to a limit.
+
+Raw ones of shards are read anew each time: the system keeps files in memory that is free, once for all processes.
+"""
 
 from __future__ import annotations
 
+import io
 import threading
 from collections import OrderedDict
 from typing import Any
@@ -12,6 +16,8 @@ from numpy.typing import NDArray
 
 from siamtrack.crop import mean_bgr
 from training.tracks import ImageRef, Stored
+
+NPY = b"\x93NUMPY\x01\x00"  # how a file of NumPy starts, of the version that all simple arrays are written in
 
 
 class ImageCache:
@@ -53,7 +59,10 @@ class ImageCache:
                 self._images.move_to_end(key)
                 return self._images[key]
         if isinstance(image, Stored):
-            decoded: Any = cv2.imdecode(np.frombuffer(_read_stored(image), np.uint8), mode)
+            data = _read_stored(image)
+            if data.startswith(NPY):
+                return _raw(data)
+            decoded: Any = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
         else:
             decoded = cv2.imread(str(image), mode)
         if decoded is None:
@@ -75,3 +84,11 @@ def _read_stored(image: Stored) -> bytes:
     with image.shard.open("rb") as file:
         file.seek(image.offset)
         return file.read(image.size)
+
+
+def _raw(npy: bytes) -> NDArray[np.uint8]:
+    """The array in NumPy's file, read-only and not copied."""
+    file = io.BytesIO(npy)
+    file.seek(len(NPY))
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return np.frombuffer(npy, dtype, offset=file.tell()).reshape(shape)

@@ -29,7 +29,8 @@ from training.recipe import Recipe, load_recipe
 from training.shards import OVERSAMPLING, Piece, ShardJob, finished, reach_needed, write_manifest, write_shard
 from training.tracks import ImageRef, Sighting, Track
 
-BYTES_PER_PIXEL = 0.12  # for planning only: JPEG takes more, but windows reach over the edges of their images
+# For planning only: JPEG takes more than that, and raw pixels take 3, but windows reach over the edges of their images.
+BYTES_PER_PIXEL, RAW_BYTES_PER_PIXEL = 0.12, 1.0
 
 
 def prepare(
@@ -39,7 +40,7 @@ def prepare(
     shard_mb: float = 50.0,
     processes: int = 1,
     cluster: str | None = None,
-    quality: int = 95,
+    quality: int | None = 95,
 ) -> tuple[int, int]:
     """Write all shards that are not there yet, then the manifest.
 
@@ -51,7 +52,7 @@ def prepare(
         processes: on this machine.
         cluster: address of a Ray cluster (``ray://host:10001``, ``auto``), or "local" for one on this machine with
             `processes` cores. Data and `out` must lie at the same paths on every machine.
-        quality: of JPEG, 1 to 100.
+        quality: of JPEG, 1 to 100; None stores raw pixels.
 
     Returns:
         How many shards were written, and how many there are.
@@ -84,7 +85,7 @@ def prepare(
 
 
 def plan(
-    recipe: Recipe, tracks: Sequence[Track], photos: Sequence[ImageRef], out: Path, shard_mb: float, quality: int
+    recipe: Recipe, tracks: Sequence[Track], photos: Sequence[ImageRef], out: Path, shard_mb: float, quality: int | None
 ) -> list[ShardJob]:
     """All shards in order. What is in which depends on boxes alone, so that a second start plans the same."""
     shape = crop_shape(build_model(recipe.model, recipe.model_config))
@@ -93,12 +94,13 @@ def plan(
     jobs: list[ShardJob] = []
     pieces: list[Piece] = []
     first, size = 0, 0.0
+    bytes_per_pixel = RAW_BYTES_PER_PIXEL if quality is None else BYTES_PER_PIXEL
     for piece, pixels in _pieces(tracks, photos, reach, OVERSAMPLING * shape.template_px):
-        if pieces and size + pixels * BYTES_PER_PIXEL > shard_mb * 1e6:
+        if pieces and size + pixels * bytes_per_pixel > shard_mb * 1e6:
             jobs.append(ShardJob(out, len(jobs), first, tuple(pieces), reach, shape.template_px, quality))
             first, pieces, size = first + len(pieces), [], 0.0
         pieces.append(piece)
-        size += pixels * BYTES_PER_PIXEL
+        size += pixels * bytes_per_pixel
     if pieces:
         jobs.append(ShardJob(out, len(jobs), first, tuple(pieces), reach, shape.template_px, quality))
     return jobs
@@ -168,15 +170,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--cluster", help="cut on a Ray cluster: its address, such as ray://host:10001, or `local` for one made here"
     )
-    parser.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100 (default 95)")
+    pixels = parser.add_mutually_exclusive_group()
+    pixels.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100 (default 95)")
+    pixels.add_argument(
+        "--raw", action="store_true", help="raw pixels in place of JPEG: nothing to decode, some ten times as much disk"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.processes < 1 or not options.shard_mb > 0 or not 1 <= options.quality <= 100:
             raise ValueError("--processes must be at least 1, --shard-mb above 0, --quality 1 to 100")
         recipe = load_recipe(options.recipe)
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, shards=""))
+        quality = None if options.raw else options.quality
         written, count = prepare(
-            recipe, options.data, options.out, options.shard_mb, options.processes, options.cluster, options.quality
+            recipe, options.data, options.out, options.shard_mb, options.processes, options.cluster, quality
         )
     except (ValueError, FileNotFoundError, ImportError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,8 +4,9 @@ A crop is what pairs can need of an image, cut out unscaled: a pair drawn from i
 had in the whole image. Only where a target's context is more than twice as wide as the network's template the crop is
 shrunk to that. Photos for backgrounds are stored as they are.
 
-``SHARD.tar`` holds ``KEY.jpg``, ``KEY.json`` and for label images ``KEY.png``. ``SHARD.json`` says where in the tar the
-files of each sample lie, so that pairs are drawn by random access; ``manifest.json`` names all shards and tracks.
+``SHARD.tar`` holds ``KEY.jpg``, ``KEY.json`` and for label images ``KEY.png``; of raw pixels ``KEY.npy`` and
+``KEY.mask.npy``. ``SHARD.json`` says where in the tar the files of each sample lie, so that pairs are drawn by random
+access; ``manifest.json`` names all shards and tracks.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from training.tracks import Box, ImageRef, Mask, Sighting, Stored, Track, source
 VERSION = 1
 MARGIN_PX = 4  # for the rounding of windows, and for interpolation
 OVERSAMPLING = 2.0  # crops are at most so much finer than the network's template
+RAW_PHOTO_PX = 1000  # shorter side of a raw photo at most: all of it is read, to be seen at some hundred pixels
 MANIFEST = "manifest.json"
 
 
@@ -54,7 +56,7 @@ class ShardJob:
         pieces: what is in it.
         reach: pixels shown to each side of a target's centre, as a multiple of its context.
         template_px: the network's template side.
-        quality: of JPEG, 1 to 100.
+        quality: of JPEG, 1 to 100; None for raw pixels.
     """
 
     folder: Path
@@ -63,7 +65,7 @@ class ShardJob:
     pieces: tuple[Piece, ...]
     reach: float
     template_px: int
-    quality: int
+    quality: int | None
 
     @property
     def tar(self) -> Path:
@@ -180,7 +182,7 @@ def read_shards(folder: Path, reach: float) -> tuple[list[Track], list[Track], l
 def _sighting(tar: Path, sample: dict[str, Any]) -> Sighting:
     places, source = sample["files"], sample["source"]
     stored = {suffix: Stored(tar, offset, size, source) for suffix, (offset, size) in places.items()}
-    labels = stored.pop("png", None) if sample["track"] >= 0 else None
+    labels = (stored.pop("png", None) or stored.pop("mask.npy", None)) if sample["track"] >= 0 else None
     (image,) = stored.values()
     if sample["track"] < 0:
         return Sighting(image, (0.0, 0.0, 0.0, 0.0))
@@ -195,10 +197,12 @@ def _encode(piece: Piece, job: ShardJob, images: ImageCache) -> tuple[dict[str, 
     """Files by suffix, and what the index says of them."""
     seen = piece.sighting
     sample: dict[str, Any] = {"track": piece.track, "frame": piece.frame, "source": source_of(seen.image)}
-    if piece.track < 0:
+    if piece.track < 0 and job.quality is not None:
         path = Path(sample["source"])
         return {path.suffix.lower().lstrip("."): path.read_bytes()}, sample
     pixels = images.bgr(seen.image)
+    if piece.track < 0:
+        return {"npy": _npy(_at_most(pixels, RAW_PHOTO_PX))}, sample
     x0, y0, x1, y1 = _corners(seen.box_xywh, pixels.shape[1], pixels.shape[0], job.reach)
     x, y, w, h = seen.box_xywh
     shrink = min(OVERSAMPLING * job.template_px / context_size(w, h), 1.0)
@@ -208,14 +212,18 @@ def _encode(piece: Piece, job: ShardJob, images: ImageCache) -> tuple[dict[str, 
     part = patch if shrink == 1 else np.asarray(cv2.resize(patch, size, interpolation=cv2.INTER_AREA), np.uint8)
     sample["box"] = [(x - x0) * scale_x, (y - y0) * scale_y, w * scale_x, h * scale_y]
     sample["fill"] = seen.fill_bgr or mean_bgr(pixels)
-    files = {"jpg": _encoded(".jpg", part, [cv2.IMWRITE_JPEG_QUALITY, job.quality])}
+    if job.quality is None:
+        files = {"npy": _npy(part)}
+    else:
+        files = {"jpg": _encoded(".jpg", part, [cv2.IMWRITE_JPEG_QUALITY, job.quality])}
     if seen.mask is not None and seen.mask.path is None:
         outlines = [np.reshape(p, (-1, 2)) for p in seen.mask.polygons]
         sample["polygons"] = [((o - (x0, y0)) * (scale_x, scale_y)).ravel().tolist() for o in outlines]
     elif seen.mask is not None and seen.mask.path is not None:
         alpha = seen.mask.alpha(images.labels(seen.mask.path), (x0, y0, x1, y1), pixels)
         resized = alpha if shrink == 1 else cv2.resize(alpha, size, interpolation=cv2.INTER_NEAREST)
-        files["png"] = _encoded(".png", np.asarray(resized, np.uint8), [])
+        outline = np.asarray(resized, np.uint8)
+        files |= {"mask.npy": _npy(outline)} if job.quality is None else {"png": _encoded(".png", outline, [])}
     return files, sample
 
 
@@ -233,6 +241,23 @@ def _encoded(suffix: str, pixels: NDArray[np.uint8], options: list[int]) -> byte
     if not ok:
         raise ValueError(f"a crop of shape {pixels.shape} cannot be written as {suffix}")
     return bytes(data)
+
+
+def _npy(pixels: NDArray[np.uint8]) -> bytes:
+    """NumPy's file of an array."""
+    file = io.BytesIO()
+    np.save(file, np.ascontiguousarray(pixels), allow_pickle=False)
+    return file.getvalue()
+
+
+def _at_most(pixels: NDArray[np.uint8], side_px: int) -> NDArray[np.uint8]:
+    """An image with a shorter side of at most `side_px`."""
+    height, width = pixels.shape[:2]
+    shrink = side_px / min(height, width)
+    if shrink >= 1:
+        return pixels
+    size = round(width * shrink), round(height * shrink)
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _sha256(path: Path) -> str:
