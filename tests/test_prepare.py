@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from siamtrack.nets.build import build_model
 from training import prepare as prepare_module
 from training.augment import jittered_window
-from training.collect import collect
+from training.collect import collect, collect_raw
 from training.loading import crop_shape, make_samplers
 from training.prepare import main, prepare
 from training.recipe import Recipe, recipe_from_dict
 from training.shards import _corners, reach_needed, read_shards
+from training.tracks import StoredFrames
 
 SHAPE = crop_shape(build_model("siamcan-mobilenetv2"))
 
@@ -186,6 +187,22 @@ def test_raw_pixels_are_numpy_files_in_webdataset_naming(raw_shards: Path) -> No
     for files in outlined:
         assert files["mask.npy"].shape == files["npy"].shape[:2]
         assert set(np.unique(files["mask.npy"])) == {0, 255}
+
+
+def test_frames_of_a_video_are_arrays(data: Path, shards: Path) -> None:
+    """Millions of objects would fill every process's memory."""
+    tracks = {track.name: track for track in read_shards(shards, 0)[0]}
+    raw = {track.name: track for track in collect_raw(recipe().data, data)[0]}
+    assert sorted(tracks) == ["clip0", "clip1"]
+    for name, track in tracks.items():
+        frames = track.sightings
+        assert isinstance(frames, StoredFrames)
+        assert list(track.frames) == list(raw[name].frames) == [0, 1, 2, 3]
+        assert sum(1 for _ in track.outlined()) == {"clip0": 0, "clip1": 4}[name]
+        assert list(frames[1:3]) == [frames[1], frames[2]] == list(track.take(np.array([1, 2])).sightings)
+        assert [seen.box_xywh[2:] for seen in frames] == [seen.box_xywh[2:] for seen in raw[name].sightings]
+        arrays = (frames.shard, frames.image, frames.outline, frames.boxes_xywh, frames.fill_bgr)
+        assert sum(array.nbytes for array in arrays) == 92 * len(frames)
 
 
 def test_a_second_start_writes_only_what_is_missing_or_damaged(data: Path, tmp_path: Path) -> None:

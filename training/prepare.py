@@ -67,7 +67,7 @@ def prepare(
         photos = sorted({t.sightings[0].image for t in stills})
     tracks, kinds = [*videos, *stills], ["video"] * len(videos) + ["still"] * len(stills)
     out.mkdir(parents=True, exist_ok=True)
-    jobs = plan(recipe, tracks, photos, out.resolve(), shard_mb, quality)
+    jobs = plan(recipe, tracks, kinds, photos, out.resolve(), shard_mb, quality)
     if not jobs:
         raise ValueError("the recipe names no data: give it `data.sets`, `data.videos`, `data.stills` or `data.photos`")
     with tqdm(total=len(jobs), unit="shard", desc="checking") as bar:
@@ -85,7 +85,13 @@ def prepare(
 
 
 def plan(
-    recipe: Recipe, tracks: Sequence[Track], photos: Sequence[ImageRef], out: Path, shard_mb: float, quality: int | None
+    recipe: Recipe,
+    tracks: Sequence[Track],
+    kinds: Sequence[str],
+    photos: Sequence[ImageRef],
+    out: Path,
+    shard_mb: float,
+    quality: int | None,
 ) -> list[ShardJob]:
     """All shards in order. What is in which depends on boxes alone, so that a second start plans the same."""
     shape = crop_shape(build_model(recipe.model, recipe.model_config))
@@ -95,7 +101,7 @@ def plan(
     pieces: list[Piece] = []
     first, size = 0, 0.0
     bytes_per_pixel = RAW_BYTES_PER_PIXEL if quality is None else BYTES_PER_PIXEL
-    for piece, pixels in _pieces(tracks, photos, reach, OVERSAMPLING * shape.template_px):
+    for piece, pixels in _pieces(tracks, kinds, photos, reach, OVERSAMPLING * shape.template_px):
         if pieces and size + pixels * bytes_per_pixel > shard_mb * 1e6:
             jobs.append(ShardJob(out, len(jobs), first, tuple(pieces), reach, shape.template_px, quality))
             first, pieces, size = first + len(pieces), [], 0.0
@@ -107,16 +113,20 @@ def plan(
 
 
 def _pieces(
-    tracks: Sequence[Track], photos: Sequence[ImageRef], reach: float, context_limit_px: float
+    tracks: Sequence[Track],
+    kinds: Sequence[str],
+    photos: Sequence[ImageRef],
+    reach: float,
+    context_limit_px: float,
 ) -> Iterator[tuple[Piece, float]]:
     """All samples to store, each with about how many pixels it has."""
-    for number, track in enumerate(tracks):
+    for number, (track, kind) in enumerate(zip(tracks, kinds, strict=True)):
         for seen, frame in zip(track.sightings, track.frames, strict=True):
             context = min(context_size(*seen.box_xywh[2:]), context_limit_px)
-            yield Piece(number, int(frame), seen), (2 * reach * context) ** 2
+            yield Piece(number, int(frame), seen, kind == "video"), (2 * reach * context) ** 2
     for number, photo in enumerate(photos):
         yield (
-            Piece(-1, number, Sighting(photo, (0.0, 0.0, 0.0, 0.0))),
+            Piece(-1, number, Sighting(photo, (0.0, 0.0, 0.0, 0.0)), False),
             Path(str(photo)).stat().st_size / BYTES_PER_PIXEL,
         )
 

@@ -6,7 +6,7 @@ shrunk to that. Photos for backgrounds are stored as they are.
 
 ``SHARD.tar`` holds ``KEY.jpg``, ``KEY.json`` and for label images ``KEY.png``; of raw pixels ``KEY.npy`` and
 ``KEY.mask.npy``. ``SHARD.json`` says where in the tar the files of each sample lie, so that pairs are drawn by random
-access; ``manifest.json`` names all shards and tracks.
+access, in a column a field; ``manifest.json`` names all shards and tracks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import hashlib
 import io
 import json
 import tarfile
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,22 @@ from numpy.typing import NDArray
 from siamtrack.crop import context_size, mean_bgr
 from training.augment import Jitter
 from training.images import ImageCache
-from training.tracks import Box, ImageRef, Mask, Sighting, Stored, Track, source_of
+from training.tracks import Box, ImageRef, Mask, Sighting, StoredFrames, Track, source_of
 
-VERSION = 1
+VERSION = 2
 MARGIN_PX = 4  # for the rounding of windows, and for interpolation
 OVERSAMPLING = 2.0  # crops are at most so much finer than the network's template
+OUTLINES = ("png", "mask.npy")  # suffixes of label images
 RAW_PHOTO_PX = 1000  # shorter side of a raw photo at most: all of it is read, to be seen at some hundred pixels
 MANIFEST = "manifest.json"
+COLUMNS: dict[str, type[np.generic]] = {
+    "track": np.int32,  # -1 for photos
+    "frame": np.int64,
+    "image": np.int64,  # offset and bytes in the tar
+    "outline": np.int64,  # of the label image; no bytes where there is none
+    "box": np.float64,
+    "fill": np.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Piece:
     track: int
     frame: int
     sighting: Sighting
+    of_video: bool
 
 
 @dataclass(frozen=True)
@@ -105,20 +115,26 @@ def finished(job: ShardJob) -> dict[str, Any] | None:
 def write_shard(job: ShardJob) -> dict[str, Any]:
     """Cut and store; returns the index. What is half-written when it is stopped is written anew the next time."""
     job.index.unlink(missing_ok=True)
-    images, samples = ImageCache(0.25), []
+    images = ImageCache(0.25)
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    named: dict[str, Any] = {}  # what few samples have, by their row
     part = job.tar.with_suffix(".tar.part")
     with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, piece in enumerate(job.pieces, start=job.first):
+        for row, piece in enumerate(job.pieces):
             files, sample = _encode(piece, job, images)
-            places = {}
+            places = {"outline": (0, 0)}
             for suffix, content in {**files, "json": json.dumps(sample).encode()}.items():
-                header = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                header = tarfile.TarInfo(f"{job.first + row:09d}.{suffix}")
                 header.size = len(content)
-                places[suffix] = (tar.offset + tarfile.BLOCKSIZE, len(content))
+                what = suffix if suffix == "json" else "outline" if suffix in OUTLINES and piece.track >= 0 else "image"
+                places[what] = (tar.offset + tarfile.BLOCKSIZE, len(content))
                 tar.addfile(header, io.BytesIO(content))
-            places.pop("json")
-            samples.append({**sample, "files": places})
-    index = {"plan": job.plan(), "sha256": _sha256(part), "bytes": part.stat().st_size, "samples": samples}
+            about = {"box": (0, 0, 0, 0), "fill": (0, 0, 0), **sample, **places}
+            for name, column in columns.items():
+                column.append(about[name])
+            if not piece.of_video or "polygons" in sample:
+                named[str(row)] = {name: sample[name] for name in ("source", "polygons") if name in sample}
+    index = {"plan": job.plan(), "sha256": _sha256(part), "bytes": part.stat().st_size, "named": named, **columns}
     part.replace(job.tar)
     text = job.index.with_suffix(".json.part")
     text.write_text(json.dumps(index))
@@ -164,33 +180,62 @@ def read_shards(folder: Path, reach: float) -> tuple[list[Track], list[Track], l
             f"{folder} shows {manifest['reach']:.3f} of a target's context to each side, the recipe's jitter needs "
             f"{reach:.3f}: prepare shards with this recipe"
         )
-    sightings: dict[int, list[tuple[int, Sighting]]] = defaultdict(list)
-    for shard in manifest["shards"]:
-        tar = folder / shard["name"]
-        if not tar.is_file() or tar.stat().st_size != shard["bytes"]:
-            raise ValueError(f"{tar} is missing or not {shard['bytes']} bytes long: run training.prepare again")
-        for sample in json.loads(tar.with_suffix(".json").read_text())["samples"]:
-            sightings[sample["track"]].append((sample["frame"], _sighting(tar, sample)))
-    photos = [seen.image for _, seen in sightings.pop(-1, [])]
+    table = _read_table(folder, manifest["shards"])
+    order = np.argsort(table.columns["track"], kind="stable")
+    starts = np.searchsorted(table.columns["track"][order], np.arange(-1, len(manifest["tracks"]) + 1)).tolist()
+    photos = [table.sighting(row).image for row in order[: starts[1]].tolist()]
     found: dict[str, list[Track]] = {"video": [], "still": []}
     for number, about in enumerate(manifest["tracks"]):
-        frames, seen = zip(*sightings[number], strict=True)
+        rows = order[starts[number + 1] : starts[number + 2]]
+        seen: Sequence[Sighting] = table.frames(rows, about["name"])
+        if any(row in table.named for row in rows.tolist()):
+            seen = tuple(table.sighting(row, about["name"]) for row in rows.tolist())
+        frames: Sequence[int] = table.columns["frame"][rows]  # type: ignore[assignment]
         found[about["kind"]].append(Track(about["name"], seen, frames, about["frame_range"], about["weight"]))
     return found["video"], found["still"], photos
 
 
-def _sighting(tar: Path, sample: dict[str, Any]) -> Sighting:
-    places, source = sample["files"], sample["source"]
-    stored = {suffix: Stored(tar, offset, size, source) for suffix, (offset, size) in places.items()}
-    labels = (stored.pop("png", None) or stored.pop("mask.npy", None)) if sample["track"] >= 0 else None
-    (image,) = stored.values()
-    if sample["track"] < 0:
-        return Sighting(image, (0.0, 0.0, 0.0, 0.0))
-    polygons = tuple(tuple(p) for p in sample.get("polygons", ()))
-    mask = Mask(labels, 0, polygons) if labels is not None or polygons else None
-    x, y, w, h = sample["box"]
-    blue, green, red = sample["fill"]
-    return Sighting(image, (x, y, w, h), mask, (blue, green, red))
+@dataclass(frozen=True)
+class _Table:
+    """All samples of all shards.
+
+    Attributes:
+        tars: the shards.
+        columns: those of `COLUMNS` and ``shard``, its number, ``[N]`` or ``[N, K]``.
+        named: source and polygons of the rows that have them.
+    """
+
+    tars: tuple[Path, ...]
+    columns: dict[str, NDArray[Any]]
+    named: dict[int, dict[str, Any]]
+
+    def frames(self, rows: NDArray[np.int_], source: str) -> StoredFrames:
+        at = {name: column[rows] for name, column in self.columns.items()}
+        return StoredFrames(self.tars, source, at["shard"], at["image"], at["outline"], at["box"], at["fill"])
+
+    def sighting(self, row: int, source: str = "") -> Sighting:
+        about = self.named.get(row, {})
+        (seen,) = self.frames(np.array([row]), about.get("source", source))
+        polygons = tuple(tuple(p) for p in about.get("polygons", ()))
+        return replace(seen, mask=Mask(polygons=polygons)) if polygons else seen
+
+
+def _read_table(folder: Path, shards: Sequence[dict[str, Any]]) -> _Table:
+    tars = tuple(folder / shard["name"] for shard in shards)
+    columns: dict[str, list[NDArray[Any]]] = {name: [] for name in ("shard", *COLUMNS)}
+    named: dict[int, dict[str, Any]] = {}
+    first = 0
+    for number, (tar, shard) in enumerate(zip(tars, shards, strict=True)):
+        if not tar.is_file() or tar.stat().st_size != shard["bytes"]:
+            raise ValueError(f"{tar} is missing or not {shard['bytes']} bytes long: run training.prepare again")
+        index = json.loads(tar.with_suffix(".json").read_text())
+        count = len(index["track"])
+        for name, dtype in COLUMNS.items():
+            columns[name].append(np.array(index[name], dtype))
+        columns["shard"].append(np.full(count, number, np.int32))
+        named |= {first + int(row): about for row, about in index["named"].items()}
+        first += count
+    return _Table(tars, {name: np.concatenate(parts) for name, parts in columns.items()}, named)
 
 
 def _encode(piece: Piece, job: ShardJob, images: ImageCache) -> tuple[dict[str, bytes], dict[str, Any]]:

@@ -6,6 +6,7 @@ tracks of one sighting.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,9 +97,43 @@ class Sighting:
     fill_bgr: tuple[float, float, float] | None = None
 
 
+class Frames(Sequence[Sighting], abc.ABC):
+    """Sightings of one target that are made when asked for, of arrays: a data set may have millions.
+
+    Attributes:
+        boxes_xywh: ``[N, 4]``.
+    """
+
+    boxes_xywh: NDArray[np.floating]
+
+    def __len__(self) -> int:
+        return len(self.boxes_xywh)
+
+    @overload
+    def __getitem__(self, index: int) -> Sighting: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sighting]: ...
+    def __getitem__(self, index: int | slice) -> Sighting | Sequence[Sighting]:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        return self.sighting(index)
+
+    @abc.abstractmethod
+    def sighting(self, index: int) -> Sighting:
+        """One of them."""
+
+    @abc.abstractmethod
+    def take(self, indices: NDArray[np.int_]) -> Frames:
+        """Some of them."""
+
+    @abc.abstractmethod
+    def outlined(self) -> Iterator[Sighting]:
+        """Those with an outline."""
+
+
 @dataclass(frozen=True, eq=False)
-class NumberedFrames(Sequence[Sighting]):
-    """Sightings without outlines in images that are named by number, made when asked for: 20 bytes each at rest.
+class NumberedFrames(Frames):
+    """Sightings without outlines in images that are named by number: 20 bytes each at rest.
 
     Attributes:
         folder: of the images.
@@ -112,22 +147,59 @@ class NumberedFrames(Sequence[Sighting]):
     numbers: NDArray[np.int64]
     boxes_xywh: NDArray[np.float32]
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> Sighting: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Sighting]: ...
-    def __getitem__(self, index: int | slice) -> Sighting | Sequence[Sighting]:
-        if isinstance(index, slice):
-            return self.take(np.arange(len(self))[index])
+    def sighting(self, index: int) -> Sighting:
         x, y, w, h = self.boxes_xywh[index].tolist()
         return Sighting(self.folder / self.pattern.format(int(self.numbers[index])), (x, y, w, h))
 
     def take(self, indices: NDArray[np.int_]) -> NumberedFrames:
-        """Some of them."""
         return replace(self, numbers=self.numbers[indices], boxes_xywh=self.boxes_xywh[indices])
+
+    def outlined(self) -> Iterator[Sighting]:
+        return iter(())
+
+
+@dataclass(frozen=True, eq=False)
+class StoredFrames(Frames):
+    """Sightings in shards: 92 bytes each at rest.
+
+    Attributes:
+        tars: all shards.
+        source: what they were cut from.
+        shard: int32 ``[N]``, index into `tars`.
+        image: int64 ``[N, 2]``, offset and bytes of each image.
+        outline: int64 ``[N, 2]``, those of its label image; no bytes where there is none.
+        boxes_xywh: float64 ``[N, 4]``.
+        fill_bgr: float64 ``[N, 3]``, see `Sighting`.
+    """
+
+    tars: tuple[Path, ...]
+    source: str
+    shard: NDArray[np.int32]
+    image: NDArray[np.int64]
+    outline: NDArray[np.int64]
+    boxes_xywh: NDArray[np.float64]
+    fill_bgr: NDArray[np.float64]
+
+    def sighting(self, index: int) -> Sighting:
+        tar = self.tars[self.shard[index]]
+        (offset, size), (outline_offset, outline_size) = self.image[index].tolist(), self.outline[index].tolist()
+        x, y, w, h = self.boxes_xywh[index].tolist()
+        blue, green, red = self.fill_bgr[index].tolist()
+        return Sighting(
+            Stored(tar, offset, size, self.source),
+            (x, y, w, h),
+            Mask(Stored(tar, outline_offset, outline_size, self.source)) if outline_size else None,
+            (blue, green, red),
+        )
+
+    def take(self, indices: NDArray[np.int_]) -> StoredFrames:
+        arrays = {
+            name: getattr(self, name)[indices] for name in ("shard", "image", "outline", "boxes_xywh", "fill_bgr")
+        }
+        return replace(self, **arrays)
+
+    def outlined(self) -> Iterator[Sighting]:
+        return map(self.sighting, np.flatnonzero(self.outline[:, 1]).tolist())
 
 
 @dataclass(frozen=True)
@@ -159,18 +231,19 @@ class Track:
 
     def boxes_xywh(self) -> NDArray[np.float64]:
         """All boxes ``[N, 4]``."""
-        if isinstance(self.sightings, NumberedFrames):
+        if isinstance(self.sightings, Frames):
             return self.sightings.boxes_xywh.astype(np.float64)
         return np.array([s.box_xywh for s in self.sightings], np.float64)
 
     def outlined(self) -> Iterator[Sighting]:
         """Those with an outline."""
-        if not isinstance(self.sightings, NumberedFrames):
-            yield from (s for s in self.sightings if s.mask is not None)
+        if isinstance(self.sightings, Frames):
+            return self.sightings.outlined()
+        return (s for s in self.sightings if s.mask is not None)
 
     def take(self, indices: NDArray[np.int_]) -> Track:
         """The track at some of its sightings."""
-        if isinstance(self.sightings, NumberedFrames):
+        if isinstance(self.sightings, Frames):
             frames: Sequence[int] = np.asarray(self.frames)[indices]  # type: ignore[assignment]
             return replace(self, sightings=self.sightings.take(indices), frames=frames)
         return replace(
