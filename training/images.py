@@ -1,13 +1,16 @@
 """Images from files or shards; decoded ones are kept in memory up to a limit.
 
-Raw ones of shards are read anew each time: the system keeps files in memory that is free, once for all processes.
+Raw ones of shards are parts of mapped files: the system keeps what fits of them in memory, once for all processes.
 """
 
 from __future__ import annotations
 
-import io
+import mmap
+import re
 import threading
 from collections import OrderedDict
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -17,7 +20,12 @@ from numpy.typing import NDArray
 from siamtrack.crop import mean_bgr
 from training.tracks import ImageRef, Stored
 
-NPY = b"\x93NUMPY\x01\x00"  # how a file of NumPy starts, of the version that all simple arrays are written in
+# The head of NumPy's file of bytes. NumPy's own reader of it takes longer than the cut of a crop.
+NPY = re.compile(
+    rb"\x93NUMPY\x01\0..\{'descr': '\|u1', 'fortran_order': False, 'shape': \(([\d, ]+)\), \} *\n", re.DOTALL
+)
+NPY_BYTES = 128  # of that head
+MAPPED_SHARDS = 256  # at once: each takes a file handle, of which a process may have about a thousand
 
 
 class ImageCache:
@@ -59,10 +67,11 @@ class ImageCache:
                 self._images.move_to_end(key)
                 return self._images[key]
         if isinstance(image, Stored):
-            data = _read_stored(image)
-            if data.startswith(NPY):
-                return _raw(data)
-            decoded: Any = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
+            data = np.frombuffer(_mapped(image.shard), np.uint8, image.size, image.offset)
+            raw = NPY.match(data[:NPY_BYTES].tobytes())
+            if raw:
+                return data[raw.end() :].reshape([int(side) for side in raw[1].split(b",")])
+            decoded: Any = cv2.imdecode(data, mode)
         else:
             decoded = cv2.imread(str(image), mode)
         if decoded is None:
@@ -80,15 +89,8 @@ class ImageCache:
         return pixels
 
 
-def _read_stored(image: Stored) -> bytes:
-    with image.shard.open("rb") as file:
-        file.seek(image.offset)
-        return file.read(image.size)
-
-
-def _raw(npy: bytes) -> NDArray[np.uint8]:
-    """The array in NumPy's file, read-only and not copied."""
-    file = io.BytesIO(npy)
-    file.seek(len(NPY))
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    return np.frombuffer(npy, dtype, offset=file.tell()).reshape(shape)
+@lru_cache(MAPPED_SHARDS)
+def _mapped(shard: Path) -> mmap.mmap:
+    """The bytes of a file. What is dropped here stays mapped as long as somebody looks at a part of it."""
+    with shard.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
