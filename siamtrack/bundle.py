@@ -114,6 +114,8 @@ class TrackingSpec:
         penalty_k: strength of the size-change penalty, at least 0.
         window_influence: weight of the cosine window in cell choice, 0..1.
         size_rate: how fast the size follows, 0..1; multiplied by penalty and score.
+        uncertain_rate: factor on `size_rate` after a frame that is not TRACKING, 0..1: weak evidence makes sizes creep. 1
+            in every published tracker.
         motion_rate: how fast the velocity follows, 0..1; multiplied by the score, so that weak evidence coasts on. The
             search window is centred where the target will be at this velocity; 0 centres it where the target was.
         min_size_px: the box never gets thinner than this, unless it was so at the start.
@@ -123,6 +125,7 @@ class TrackingSpec:
     penalty_k: float = 0.06
     window_influence: float = 0.4
     size_rate: float = 0.4
+    uncertain_rate: float = 1.0
     motion_rate: float = 0.5
     min_size_px: float = 4.0
     lost_windows: int = 2
@@ -130,7 +133,7 @@ class TrackingSpec:
     def __post_init__(self) -> None:
         if not self.penalty_k >= 0:
             raise ValueError(f"penalty_k must be at least 0, got {self.penalty_k}")
-        for name in ("window_influence", "size_rate", "motion_rate"):
+        for name in ("window_influence", "size_rate", "uncertain_rate", "motion_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not self.min_size_px >= 1:

@@ -202,6 +202,8 @@ class SiamTracker:
         status = advance(target.status, score, self._thresholds)
         if status.state is State.LOST:
             return target if target.status.state is State.LOST else self._lose(target)
+        if status.state is not State.TRACKING:
+            rate *= self.tracking.uncertain_rate
         height, width = target.frame_size
         cx, cy = min(max(found[0], 0.0), float(width)), min(max(found[1], 0.0), float(height))
         w, h = (

@@ -367,6 +367,18 @@ def test_size_follows_slowly_and_no_further_than_the_image() -> None:
     assert track.box_xywh[2:] == (WIDTH, tracker.tracking.min_size_px)
 
 
+def test_size_follows_more_slowly_while_uncertain() -> None:
+    tracker = scripted(size_rate=0.5, uncertain_rate=0.25)
+    tracker.runner.answer = lambda window: ((*CENTRE, 48, 20), 0.2)
+    first = tracker.update(FRAME)
+    assert first.state is State.UNCERTAIN
+    assert first.box_xywh[2] == pytest.approx(24 + 0.25 * 0.5 * 0.2 * 24, abs=1e-3)
+    tracker.runner.answer = lambda window: ((*CENTRE, 48, 20), 0.8)
+    second = tracker.update(FRAME)
+    assert second.state is State.TRACKING
+    assert second.box_xywh[2] == pytest.approx(first.box_xywh[2] + 0.5 * 0.8 * (48 - first.box_xywh[2]), abs=1e-3)
+
+
 @pytest.mark.parametrize(("found", "expected"), [((-40, 500), (0, HEIGHT)), ((999, -3), (WIDTH, 0))])
 def test_centre_stays_inside_the_image(found: tuple[float, float], expected: tuple[float, float]) -> None:
     x, y, w, h = play(scripted(), 0.9, at=found)[0].box_xywh
