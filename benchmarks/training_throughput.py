@@ -7,8 +7,9 @@ of the recipe's data, with light and noise put on in the loader (cpu) or by the 
 else the machine does meets all of them alike. Each block's first steps are not timed: loader processes have batches
 ready from the block before. Without --data, clips are rendered (`siamtrack.scene`) in place of the recipe's data.
 
-Writes ``training_throughput.csv``: a row for each backbone, frozen or thawed, and source of crops. `of_random` is the
-share of the speed on random crops that is left; data is no bottleneck where it is near 1.
+Writes ``training_throughput.csv``, with --shards ``training_throughput_shards.csv``: a row for each backbone, frozen or
+thawed, and source of crops. `of_random` is the share of the speed on random crops that is left; data is no bottleneck
+where it is near 1.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if rows:
         line = command("benchmarks.training_throughput", arguments)
-        write_csv(options.out / "training_throughput.csv", rows, line)
+        name = "training_throughput_shards.csv" if options.shards else "training_throughput.csv"
+        write_csv(options.out / name, rows, line)
         print(format_rows(rows))
     return 0
 
@@ -182,7 +184,9 @@ def measure(options: argparse.Namespace) -> list[Row]:
             "expected --rounds and --steps of at least 1, --warmup and --devices of at least 0, got "
             f"{options.rounds}, {options.steps}, {options.warmup}, {options.devices}"
         )
-    recipe = load_recipe(options.recipe)
+    if options.shards and options.data is None:
+        raise ValueError(f"--shards {options.shards} needs --data, the folder it is below")
+    recipe = load_recipe(options.recipe, shards=options.shards)
     devices = options.devices or all_devices(recipe.batch_size)
     if recipe.batch_size % devices:
         raise ValueError(f"batch_size {recipe.batch_size} does not split evenly over {devices} devices")
@@ -213,7 +217,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
         return []
     run: Row = {
         "model": recipe.model,
-        "data": "rendered" if options.data is None else "real",
+        "data": "rendered" if options.data is None else "shards" if recipe.data.shards else "files",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "processes": devices,
@@ -290,6 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", type=Path, help="YAML file, see training/recipes/")
     parser.add_argument("--data", type=Path, help="folder the recipe's data paths are relative to (default: rendered)")
+    parser.add_argument("--shards", default="", help="shards of the recipe's data, below --data, to train on instead")
     parser.add_argument("--devices", type=int, default=0, help="GPUs, or CPU processes (default: as training.train)")
     parser.add_argument("--workers", type=int, help="loader processes a training process (default: the recipe's)")
     parser.add_argument("--augment", nargs="+", choices=AUGMENT, default=list(AUGMENT), help="default: all")

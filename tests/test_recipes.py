@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -58,6 +59,8 @@ def test_shipped_recipes_load_and_come_back(path: Path) -> None:
     assert recipe_from_dict(to_plain(recipe)) == recipe  # as checkpoints store it
     assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(to_plain(recipe)))) == recipe
     assert load_recipe(path, {"epochs": 3}).epochs == 3
+    in_shards = load_recipe(path, shards="cut")
+    assert in_shards.data.shards == "cut" and replace(in_shards.data, shards="") == recipe.data
 
 
 def test_paper_recipe_is_the_paper() -> None:

@@ -130,6 +130,7 @@ def test_command(
         (["--steps", "0"], "expected --rounds and --steps of at least 1"),
         (["--devices", "3"], "batch_size 2 does not split evenly over 3 devices"),
         (["--data", "nowhere"], "no backbone weights at nowhere"),
+        (["--shards", "shards"], "--shards shards needs --data, the folder it is below"),
     ],
 )
 def test_command_says_what_is_wrong(

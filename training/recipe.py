@@ -205,18 +205,20 @@ class Recipe:
         return build_objective(self.objective_name, self.objective_config)
 
 
-def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None, shards: str = "") -> Recipe:
     """Read a recipe file.
 
     Args:
         path: YAML.
         overrides: top-level fields to replace.
+        shards: replaces `DataConfig.shards`, unless empty.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: not YAML, unknown or missing fields, or values that cannot be.
     """
-    return recipe_from_dict({**read_yaml(path), **(overrides or {})}, str(path))
+    recipe = recipe_from_dict({**read_yaml(path), **(overrides or {})}, str(path))
+    return replace(recipe, data=replace(recipe.data, shards=shards)) if shards else recipe
 
 
 def recipe_from_dict(content: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -204,6 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
         "the batch)",
     )
     parser.add_argument("--nodes", type=int, default=0, help="machines (default: as started by torchrun or SLURM)")
+    parser.add_argument("--shards", default="", help="shards of the recipe's data, below --data, to train on instead")
     parser.add_argument("--seed", type=int, help="replace the recipe's seed")
     parser.add_argument("--epochs", type=int, help="replace the recipe's epochs")
     parser.add_argument(
@@ -214,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = {k: v for k in ("seed", "epochs") if (v := getattr(options, k)) is not None}
     out = options.out or Path("runs") / options.recipe.stem
     try:
-        recipe = load_recipe(options.recipe, overrides)
+        recipe = load_recipe(options.recipe, overrides, options.shards)
         processes, machines = launched()
         devices = options.devices or processes or all_devices(recipe.batch_size)
         nodes = options.nodes or machines
