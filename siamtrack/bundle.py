@@ -114,8 +114,8 @@ class TrackingSpec:
         penalty_k: strength of the size-change penalty, at least 0.
         window_influence: weight of the cosine window in cell choice, 0..1.
         size_rate: how fast the size follows, 0..1; multiplied by penalty and score.
-        uncertain_rate: factor on `size_rate` after a frame that is not TRACKING, 0..1: weak evidence makes sizes creep. 1
-            in every published tracker.
+        uncertain_rate: factor on `size_rate` after a frame that is not TRACKING, 0..1: weak evidence makes sizes creep.
+            Published trackers have none, which is 1.
         motion_rate: how fast the velocity follows, 0..1; multiplied by the score, so that weak evidence coasts on. The
             search window is centred where the target will be at this velocity; 0 centres it where the target was.
         min_size_px: the box never gets thinner than this, unless it was so at the start.

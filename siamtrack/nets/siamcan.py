@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from siamtrack.bundle import TrackingSpec
 from siamtrack.nets.attention import ChannelAttention, SpatialAttention
 from siamtrack.nets.correlation import pixelwise
 from siamtrack.nets.decode import AnchorFree, RawMaps
@@ -134,6 +135,9 @@ class SiamCANEdge(EdgeFeatures):
       cross-entropy, and the cell nearest to the centre always positive, or a small target would have none.
     """
 
+    tracking = TrackingSpec(  # by `evaluation.tune`, for a run of another seed than the shipped one
+        penalty_k=0.05, window_influence=0.274, size_rate=0.419, uncertain_rate=0.5, motion_rate=0.202
+    )
     template_names = ("kernel",)
 
     def __init__(self, config: SiamCANEdgeConfig | None = None) -> None:

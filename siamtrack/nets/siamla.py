@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from siamtrack.bundle import TrackingSpec
 from siamtrack.nets.aggregation import FeatureAggregation
 from siamtrack.nets.attention import LocalisationNonLocal
 from siamtrack.nets.correlation import pixelwise, summed_cells
@@ -185,6 +186,7 @@ class SiamLAEdge(EdgeFeatures):
     * Distances of ``32 exp(raw)``: a step of the coarser grid is 16 px.
     """
 
+    tracking = TrackingSpec(uncertain_rate=0.5)
     template_names = ("kernel",)
 
     def __init__(self, config: SiamLAEdgeConfig | None = None) -> None:
