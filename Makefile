@@ -59,6 +59,7 @@ train-default: $(VENV)/.dev  ## train the shipped model on DATA, export and cali
 	$(VENV)/bin/siamtrack-export onnx --checkpoint runs/$(MODEL)-head/last.ckpt --out build/$(MODEL) \
 		--licence LicenseRef-research-only --images $(DATA)/train/photos \
 		--note 'command=make train-default' --note 'data=see README.md beside this file'
+	$(VENV)/bin/python -m evaluation.calibrate build/$(MODEL) --sequences $(DATA)/train/videos --write
 	$(VENV)/bin/python -m evaluation.tune build/$(MODEL) --sequences $(DATA)/dev --validation $(DATA)/train/videos \
 		--trials 40 --processes 2 --write
 	$(VENV)/bin/python -m evaluation.calibrate build/$(MODEL) --sequences $(DATA)/train/videos --write

@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if rows:
         line = command("benchmarks.training_throughput", arguments)
-        name = "training_throughput_shards.csv" if options.shards else "training_throughput.csv"
+        name = "training_throughput_shards.csv" if rows[0]["data"] == "shards" else "training_throughput.csv"
         write_csv(options.out / name, rows, line)
         print(format_rows(rows))
     return 0

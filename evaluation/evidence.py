@@ -1,4 +1,8 @@
-"""What a calibration goes by: scores of tracked frames with their IoU, and scores where the target is not."""
+"""What a calibration goes by: scores of tracked frames with their IoU, and scores where the target is not.
+
+Frames are tracked without thresholds, which are yet to be chosen: all count as TRACKING, so sizes follow at full rate
+(`uncertain_rate` has its part in `closed_loop`).
+"""
 
 from __future__ import annotations
 

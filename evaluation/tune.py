@@ -5,7 +5,8 @@
 A trial is one pass over every sequence with other values of `penalty_k`, `window_influence`, `size_rate` and
 `motion_rate`. Its objective is the mean success AUC of the sequences. The first trial has the manifest's present
 values, the others come from Optuna's TPE sampler, which never sees the validation sequences: they are tracked in every
-trial, and reported. State thresholds stay as they are; `evaluation.calibrate` chooses them, afterwards.
+trial, and reported. State thresholds stay as they are: `evaluation.calibrate` chooses them, before, since sizes follow
+more slowly while UNCERTAIN (`uncertain_rate`), and anew afterwards.
 
 The best single trial is mostly a lucky one, in which the box happens to stay on a target that it loses with values next
 to them. So:

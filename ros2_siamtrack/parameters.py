@@ -14,7 +14,7 @@ from siamtrack.runners import BACKENDS, PRECISION_CHOICES, EngineOptions
 from siamtrack.tracker import SiamTracker
 
 FROM_MODEL = -1.0
-TRACKING_PARAMETERS = ("penalty_k", "window_influence", "size_rate", "motion_rate")
+TRACKING_PARAMETERS = ("penalty_k", "window_influence", "size_rate", "uncertain_rate", "motion_rate")
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,13 @@ PARAMETERS = (
     ),
     Parameter(
         "size_rate", FROM_MODEL, "how fast the size follows; -1: as the model says", live=True, bounds=(FROM_MODEL, 1.0)
+    ),
+    Parameter(
+        "uncertain_rate",
+        FROM_MODEL,
+        "factor on size_rate while UNCERTAIN; 1 for none; -1: as the model says",
+        live=True,
+        bounds=(FROM_MODEL, 1.0),
     ),
     Parameter(
         "motion_rate",

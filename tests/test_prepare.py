@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from siamtrack.nets.build import build_model
 from training import prepare as prepare_module
 from training.augment import jittered_window
 from training.collect import collect, collect_raw
+from training.images import ImageCache
 from training.loading import crop_shape, make_samplers
 from training.prepare import main, prepare
 from training.recipe import Recipe, recipe_from_dict
 from training.shards import _corners, reach_needed, read_shards
-from training.tracks import StoredFrames
+from training.tracks import Stored, StoredFrames
 
 SHAPE = crop_shape(build_model("siamcan-mobilenetv2"))
 
@@ -123,6 +125,26 @@ def test_raw_pixels_are_not_kept_twice(data: Path, raw_shards: Path) -> None:
     for i in range(16):
         stored.draw(np.random.default_rng(i))
     assert stored.images._held_bytes == 0
+
+
+def test_an_image_that_is_not_where_the_index_says_is_refused(raw_shards: Path) -> None:
+    image = read_shards(raw_shards, 0)[0][0].sightings[0].image
+    assert isinstance(image, Stored)
+    for wrong in (replace(image, size=image.size - 3), replace(image, offset=10**9)):
+        with pytest.raises(ValueError, match=r"000000\.tar.* is no image of that size: run training.prepare again"):
+            ImageCache().bgr(wrong)
+
+
+def test_shards_that_were_written_anew_are_read_anew(data: Path, tmp_path: Path) -> None:
+    """In the same process: what is mapped belongs to a cache."""
+    photos = {"videos": [], "stills": [], "pairs": {"mix": {"region": 1.0}}}
+    prepare(recipe(**photos), data, tmp_path, quality=None)
+    first = read_shards(tmp_path, 0)[2][0]
+    before = ImageCache().bgr(first).copy()
+    prepare(recipe(), data, tmp_path, quality=None)
+    assert read_shards(tmp_path, 0)[2][0] != first
+    tracks = read_shards(tmp_path, 0)[0]
+    assert ImageCache().bgr(tracks[0].sightings[0].image).shape != before.shape
 
 
 def test_a_large_raw_photo_is_shrunk(tmp_path: Path) -> None:

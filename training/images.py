@@ -38,6 +38,7 @@ class ImageCache:
     def __init__(self, limit_gb: float = 3.0) -> None:
         self.limit_bytes = int(limit_gb * 1e9)
         self._lock = threading.Lock()
+        self._mapped = lru_cache(MAPPED_SHARDS)(_mapped)
         self._held_bytes = 0
         self._images: OrderedDict[tuple[ImageRef, int], NDArray[np.uint8]] = OrderedDict()
         self._means: dict[ImageRef, tuple[float, float, float]] = {}
@@ -50,7 +51,7 @@ class ImageCache:
         return self._read(image, cv2.IMREAD_COLOR)
 
     def mean_bgr(self, image: ImageRef) -> tuple[float, float, float]:
-        """Mean colour of the image, worked out once while it is kept: of a large one it takes as long as a crop."""
+        """Mean colour of the image, worked out once: of a large one it takes as long as a crop."""
         mean = self._means.get(image)
         if mean is None:
             mean = self._means[image] = mean_bgr(self.bgr(image))
@@ -67,10 +68,13 @@ class ImageCache:
                 self._images.move_to_end(key)
                 return self._images[key]
         if isinstance(image, Stored):
-            data = np.frombuffer(_mapped(image.shard), np.uint8, image.size, image.offset)
-            raw = NPY.match(data[:NPY_BYTES].tobytes())
-            if raw:
-                return data[raw.end() :].reshape([int(side) for side in raw[1].split(b",")])
+            try:
+                data = np.frombuffer(self._mapped(image.shard), np.uint8, image.size, image.offset)
+                raw = NPY.match(data[:NPY_BYTES].tobytes())
+                if raw:
+                    return data[raw.end() :].reshape([int(side) for side in raw[1].split(b",")])
+            except ValueError as error:
+                raise ValueError(f"{image} is no image of that size: run training.prepare again ({error})") from error
             decoded: Any = cv2.imdecode(data, mode)
         else:
             decoded = cv2.imread(str(image), mode)
@@ -89,7 +93,6 @@ class ImageCache:
         return pixels
 
 
-@lru_cache(MAPPED_SHARDS)
 def _mapped(shard: Path) -> mmap.mmap:
     """The bytes of a file. What is dropped here stays mapped as long as somebody looks at a part of it."""
     with shard.open("rb") as file:

@@ -1,14 +1,16 @@
 """Cut the data of a recipe into shards: ``python -m training.prepare RECIPE --data DATA --out SHARDS``.
 
-Name the folder as ``data.shards`` of the recipe then: training reads a few large files instead of millions of small
-ones, and decodes what pairs can need of an image instead of all of it. Started again, it checks each finished shard by
-its SHA-256 and goes on with those that are missing, damaged, or planned otherwise.
+Train with ``--shards``, or name the folder as ``data.shards`` of the recipe: training reads a few large files instead
+of millions of small ones, and decodes what pairs can need of an image instead of all of it, or with ``--raw`` nothing.
+Started again, it checks each finished shard by its SHA-256 and goes on with those that are missing, damaged, or planned
+otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import multiprocessing
 import os
 import sys
@@ -26,7 +28,16 @@ from siamtrack.plain import to_plain
 from training.collect import collect_raw
 from training.loading import crop_shape
 from training.recipe import Recipe, load_recipe
-from training.shards import OVERSAMPLING, Piece, ShardJob, finished, reach_needed, write_manifest, write_shard
+from training.shards import (
+    OVERSAMPLING,
+    RAW_PHOTO_PX,
+    Piece,
+    ShardJob,
+    finished,
+    reach_needed,
+    write_manifest,
+    write_shard,
+)
 from training.tracks import ImageRef, Sighting, Track
 
 # For planning only: JPEG takes more than that, and raw pixels take 3, but windows reach over the edges of their images.
@@ -100,8 +111,9 @@ def plan(
     jobs: list[ShardJob] = []
     pieces: list[Piece] = []
     first, size = 0, 0.0
-    bytes_per_pixel = RAW_BYTES_PER_PIXEL if quality is None else BYTES_PER_PIXEL
-    for piece, pixels in _pieces(tracks, kinds, photos, reach, OVERSAMPLING * shape.template_px):
+    raw = quality is None
+    bytes_per_pixel, photo_limit = (RAW_BYTES_PER_PIXEL, 5.0 * RAW_PHOTO_PX**2) if raw else (BYTES_PER_PIXEL, math.inf)
+    for piece, pixels in _pieces(tracks, kinds, photos, reach, OVERSAMPLING * shape.template_px, photo_limit):
         if pieces and size + pixels * bytes_per_pixel > shard_mb * 1e6:
             jobs.append(ShardJob(out, len(jobs), first, tuple(pieces), reach, shape.template_px, quality))
             first, pieces, size = first + len(pieces), [], 0.0
@@ -118,6 +130,7 @@ def _pieces(
     photos: Sequence[ImageRef],
     reach: float,
     context_limit_px: float,
+    photo_limit_px: float,
 ) -> Iterator[tuple[Piece, float]]:
     """All samples to store, each with about how many pixels it has."""
     for number, (track, kind) in enumerate(zip(tracks, kinds, strict=True)):
@@ -125,10 +138,8 @@ def _pieces(
             context = min(context_size(*seen.box_xywh[2:]), context_limit_px)
             yield Piece(number, int(frame), seen, kind == "video"), (2 * reach * context) ** 2
     for number, photo in enumerate(photos):
-        yield (
-            Piece(-1, number, Sighting(photo, (0.0, 0.0, 0.0, 0.0)), False),
-            Path(str(photo)).stat().st_size / BYTES_PER_PIXEL,
-        )
+        pixels = min(Path(str(photo)).stat().st_size / BYTES_PER_PIXEL, photo_limit_px)
+        yield Piece(-1, number, Sighting(photo, (0.0, 0.0, 0.0, 0.0)), False), pixels
 
 
 def run_jobs(jobs: Sequence[ShardJob], processes: int = 1, cluster: str | None = None) -> Iterator[int]:

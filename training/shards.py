@@ -2,7 +2,7 @@
 
 A crop is what pairs can need of an image, cut out unscaled: a pair drawn from it has the windows that it would have
 had in the whole image. Only where a target's context is more than twice as wide as the network's template the crop is
-shrunk to that. Photos for backgrounds are stored as they are.
+shrunk to that. Photos for backgrounds are stored as they are, but large ones are shrunk where pixels are raw.
 
 ``SHARD.tar`` holds ``KEY.jpg``, ``KEY.json`` and for label images ``KEY.png``; of raw pixels ``KEY.npy`` and
 ``KEY.mask.npy``. ``SHARD.json`` says where in the tar the files of each sample lie, so that pairs are drawn by random
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from siamtrack.crop import context_size, mean_bgr
 from training.augment import Jitter
 from training.images import ImageCache
-from training.tracks import Box, ImageRef, Mask, Sighting, StoredFrames, Track, source_of
+from training.tracks import Box, ImageRef, Mask, Sighting, Stored, StoredFrames, Track, source_of
 
 VERSION = 2
 MARGIN_PX = 4  # for the rounding of windows, and for interpolation
@@ -47,7 +47,7 @@ COLUMNS: dict[str, type[np.generic]] = {
 
 @dataclass(frozen=True)
 class Piece:
-    """One sample to store: a target's sighting, or a photo (`track` -1, no sighting's box)."""
+    """One sample to store: a target's sighting, in a video or a still; or a photo (`track` -1, no sighting's box)."""
 
     track: int
     frame: int
@@ -181,43 +181,47 @@ def read_shards(folder: Path, reach: float) -> tuple[list[Track], list[Track], l
             f"{reach:.3f}: prepare shards with this recipe"
         )
     table = _read_table(folder, manifest["shards"])
-    order = np.argsort(table.columns["track"], kind="stable")
-    starts = np.searchsorted(table.columns["track"][order], np.arange(-1, len(manifest["tracks"]) + 1)).tolist()
+    order = np.argsort(table.track, kind="stable")
+    starts = np.searchsorted(table.track[order], np.arange(-1, len(manifest["tracks"]) + 1)).tolist()
     photos = [table.sighting(row).image for row in order[: starts[1]].tolist()]
     found: dict[str, list[Track]] = {"video": [], "still": []}
     for number, about in enumerate(manifest["tracks"]):
         rows = order[starts[number + 1] : starts[number + 2]]
-        seen: Sequence[Sighting] = table.frames(rows, about["name"])
-        if any(row in table.named for row in rows.tolist()):
-            seen = tuple(table.sighting(row, about["name"]) for row in rows.tolist())
-        frames: Sequence[int] = table.columns["frame"][rows]  # type: ignore[assignment]
+        seen: Sequence[Sighting]
+        if table.named.keys().isdisjoint(rows.tolist()):
+            seen = replace(table.all.take(rows), source=about["name"])
+        else:
+            seen = tuple(map(table.sighting, rows.tolist()))
+        frames: Sequence[int] = table.frame[rows]  # type: ignore[assignment]
         found[about["kind"]].append(Track(about["name"], seen, frames, about["frame_range"], about["weight"]))
     return found["video"], found["still"], photos
 
 
 @dataclass(frozen=True)
 class _Table:
-    """All samples of all shards.
+    """All N samples of all shards.
 
     Attributes:
-        tars: the shards.
-        columns: those of `COLUMNS` and ``shard``, its number, ``[N]`` or ``[N, K]``.
+        all: their images and boxes.
+        track: int32 ``[N]``, number of the track of each; -1 for photos.
+        frame: int64 ``[N]``, number of the frame.
         named: source and polygons of the rows that have them.
     """
 
-    tars: tuple[Path, ...]
-    columns: dict[str, NDArray[Any]]
+    all: StoredFrames
+    track: NDArray[np.int32]
+    frame: NDArray[np.int64]
     named: dict[int, dict[str, Any]]
 
-    def frames(self, rows: NDArray[np.int_], source: str) -> StoredFrames:
-        at = {name: column[rows] for name, column in self.columns.items()}
-        return StoredFrames(self.tars, source, at["shard"], at["image"], at["outline"], at["box"], at["fill"])
-
-    def sighting(self, row: int, source: str = "") -> Sighting:
-        about = self.named.get(row, {})
-        (seen,) = self.frames(np.array([row]), about.get("source", source))
-        polygons = tuple(tuple(p) for p in about.get("polygons", ()))
-        return replace(seen, mask=Mask(polygons=polygons)) if polygons else seen
+    def sighting(self, row: int) -> Sighting:
+        seen, about = self.all.sighting(row), self.named.get(row, {})
+        image, polygons = seen.image, tuple(tuple(p) for p in about.get("polygons", ()))
+        assert isinstance(image, Stored)
+        return replace(
+            seen,
+            image=replace(image, source=about.get("source", "")),
+            mask=Mask(polygons=polygons) if polygons else seen.mask,
+        )
 
 
 def _read_table(folder: Path, shards: Sequence[dict[str, Any]]) -> _Table:
@@ -235,7 +239,9 @@ def _read_table(folder: Path, shards: Sequence[dict[str, Any]]) -> _Table:
         columns["shard"].append(np.full(count, number, np.int32))
         named |= {first + int(row): about for row, about in index["named"].items()}
         first += count
-    return _Table(tars, {name: np.concatenate(parts) for name, parts in columns.items()}, named)
+    table = {name: np.concatenate(parts) for name, parts in columns.items()}
+    frames = StoredFrames(tars, "", *(table[name] for name in ("shard", "image", "outline", "box", "fill")))
+    return _Table(frames, table["track"], table["frame"], named)
 
 
 def _encode(piece: Piece, job: ShardJob, images: ImageCache) -> tuple[dict[str, bytes], dict[str, Any]]:

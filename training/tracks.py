@@ -21,7 +21,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, order=True)
 class Stored:
-    """An encoded image inside a shard (`training.shards`); `source` names the photo that it was cut from."""
+    """An image inside a shard (`training.shards`); `source` names the photo that it was cut from, or its video."""
 
     shard: Path
     offset: int

@@ -19,7 +19,7 @@ from evaluation.layouts import find_sequences, read_sequences
 from evaluation.onepass import run_ope, summarise
 from evaluation.ope import choose
 from evaluation.sequences import Sequence as ImageSequence
-from siamtrack.bundle import Bundle, load_bundle
+from siamtrack.bundle import Bundle, TrackingSpec, load_bundle
 from siamtrack.plain import from_plain, to_plain
 from siamtrack.runners import open_runner
 from siamtrack.tracker import SiamTracker
@@ -147,7 +147,7 @@ class Run:
         score = dataclasses.replace(bundle.manifest.score, thresholds=NEVER_LOST)
         patient = Bundle(bundle.path, dataclasses.replace(bundle.manifest, score=score))
         with open_runner(patient, threads=threads) as runner:
-            tracker = SiamTracker(runner)
+            tracker = SiamTracker(runner, TrackingSpec())  # of one table all rows alike, whatever was tuned for a model
             dev, held_out = (_aucs(tracker, sequences) for sequences in (clips.dev, clips.held_out))
         commit = json.loads((self._training / "run.json").read_text(encoding="utf-8"))[-1]["git_commit"]
         result = Result(self.row.name, self.seed, fingerprint(self.recipe), commit, dev, held_out)
