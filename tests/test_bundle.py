@@ -115,7 +115,7 @@ def test_write_and_load_is_a_round_trip(folder: Path) -> None:
     manifest = load_bundle(folder).manifest
     full = dataclasses.replace(
         manifest,
-        tracking=TrackingSpec(0.1, 0.2, 0.3, 0.4, 5.0, 3),
+        tracking=TrackingSpec(0.1, 0.2, 0.3, 0.4, 0.5, 5.0, 3),
         precision="fp16",
         provenance={"git_commit": "abc", "data": "naïve ☂"},
         accuracy={"auc": 0.625},

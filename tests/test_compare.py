@@ -85,7 +85,7 @@ def raised(by: float) -> Callable[[SearchResult], SearchResult]:
 @pytest.mark.parametrize(
     ("change", "precision", "ok"),
     [
-        (shifted(0.02), "fp32", True),
+        (shifted(0.005), "fp32", True),
         (shifted(0.06), "fp32", False),
         (shifted(0.06), "fp16", True),
         (shifted(1.5), "fp16", False),
