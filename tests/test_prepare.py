@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from training.augment import jittered_window
 from training.collect import collect, collect_raw
 from training.images import ImageCache
 from training.loading import crop_shape, make_samplers
+from training.pairs import KINDS, Pair
 from training.prepare import main, prepare
 from training.recipe import Recipe, recipe_from_dict
 from training.shards import _corners, reach_needed, read_shards
@@ -94,27 +96,29 @@ def sampler(plan: Recipe, root: Path) -> Any:
     return make_samplers(plan, collect(plan, root, SHAPE.template_px, SHAPE.search_px), SHAPE)[0]
 
 
-@pytest.mark.parametrize("kind", ["video", "still", "cutout", "region"])
-def test_pairs_from_shards_are_those_of_the_raw_data(data: Path, shards: Path, kind: str) -> None:
+def drawn(data: Path, kind: str, shards: str) -> Iterator[tuple[Pair, Pair]]:
+    """Pairs of the raw data and of shards, with boxes and kinds held against each other."""
     pairs = {"mix": {kind: 1.0}, "distractor": 0.5, "occluder": 0.5, "negative": 0.3}
-    raw, stored = sampler(recipe(pairs=pairs), data), sampler(recipe(pairs=pairs, shards="shards"), data)
+    raw, stored = sampler(recipe(pairs=pairs), data), sampler(recipe(pairs=pairs, shards=shards), data)
     for i in range(16):
         ours, theirs = (s.draw(np.random.default_rng([5, i])) for s in (raw, stored))
         assert ours.positive == theirs.positive
         np.testing.assert_allclose(ours.box_cxcywh, theirs.box_cxcywh, atol=1e-6)
+        yield ours, theirs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_from_shards_are_those_of_the_raw_data(data: Path, shards: Path, kind: str) -> None:
+    for ours, theirs in drawn(data, kind, shards.name):
         for a, b in ((ours.template, theirs.template), (ours.search, theirs.search)):
             difference = np.abs(a.astype(int) - b)
-            assert difference.mean() < 2.0, i  # JPEG, seen through light that is stretched by up to 1.3
-            assert np.percentile(difference, 99) <= 12, i
+            assert difference.mean() < 2.0  # JPEG, seen through light that is stretched by up to 1.3
+            assert np.percentile(difference, 99) <= 12
 
 
-@pytest.mark.parametrize("kind", ["video", "still", "cutout", "region"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_pairs_from_raw_shards_are_those_of_the_raw_data_to_the_bit(data: Path, raw_shards: Path, kind: str) -> None:
-    pairs = {"mix": {kind: 1.0}, "distractor": 0.5, "occluder": 0.5, "negative": 0.3}
-    files, stored = sampler(recipe(pairs=pairs), data), sampler(recipe(pairs=pairs, shards="raw"), data)
-    for i in range(16):
-        ours, theirs = (s.draw(np.random.default_rng([5, i])) for s in (files, stored))
-        np.testing.assert_allclose(ours.box_cxcywh, theirs.box_cxcywh, atol=1e-6)
+    for ours, theirs in drawn(data, kind, raw_shards.name):
         np.testing.assert_array_equal(ours.template, theirs.template)
         np.testing.assert_array_equal(ours.search, theirs.search)
 
