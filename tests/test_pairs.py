@@ -29,6 +29,7 @@ CELLS = Cells(Grid(size=25, stride=8, origin=31.5).points().numpy(), stride=8)
 
 
 TARGET_BGR = (40, 60, 220)
+GREEN_BGR = (40, 200, 40)
 BACKGROUND = 110
 
 
@@ -51,6 +52,18 @@ def tracks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Track], list[
     stills = [Track(f"s:{i}", (painted(root / f"s{i}.png", (100, 80, 60, 48)),), (0,)) for i in range(2)]
     photos = [write_image(root / f"p{i}.png", np.full((240, 320, 3), BACKGROUND, np.uint8)) for i in range(2)]
     return [Track("v", tuple(frames), tuple(range(6)))], stills, photos
+
+
+@pytest.fixture(scope="module")
+def green(tracks: Tracks) -> Track:
+    """A still with an outlined green object to paste, which no other track shows."""
+    return Track("g", (painted(tracks[2][0].parent / "green.png", (100, 80, 60, 48), GREEN_BGR),), (0,))
+
+
+@pytest.fixture
+def unlit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crops keep their colours."""
+    monkeypatch.setattr(pairs_module, "photometric", lambda image, *_: image)
 
 
 Tracks = tuple[list[Track], list[Track], list[Path]]
@@ -124,9 +137,9 @@ def test_each_kind_alone_draws_valid_pairs(tracks: Tracks, kind: str) -> None:
         assert 63.5 * 0.4 < math.sqrt(w * h) < 63.5 * 1.8
 
 
+@pytest.mark.usefixtures("unlit")
 @pytest.mark.parametrize("kind", ["video", "still", "cutout"])
-def test_box_is_where_the_target_is(tracks: Tracks, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs_module, "photometric", lambda image, *_: image)
+def test_box_is_where_the_target_is(tracks: Tracks, kind: str) -> None:
     for pair in draw(sampler(tracks, mix={kind: 1.0}, **PLAIN), 12):
         distance = np.abs(pair.search.astype(int) - TARGET_BGR).max(axis=2)
         target = distance < 40
@@ -147,16 +160,16 @@ def test_box_is_where_the_target_is(tracks: Tracks, kind: str, monkeypatch: pyte
         assert np.abs(middle - TARGET_BGR).max() < 40  # the template shows the target, in its middle
 
 
-def test_a_mirrored_search_crop_takes_its_box_along(tracks: Tracks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs_module, "photometric", lambda image, *_: image)
+@pytest.mark.usefixtures("unlit")
+def test_a_mirrored_search_crop_takes_its_box_along(tracks: Tracks) -> None:
     for pair in draw(sampler(tracks, mix={"still": 1.0}, **{**PLAIN, "flip": 1.0}), 6):
         rows, columns = np.nonzero(np.abs(pair.search.astype(int) - TARGET_BGR).max(axis=2) < 40)
         cx, cy, _, _ = pair.box_cxcywh
         assert (columns.mean() + 0.5, rows.mean() + 0.5) == pytest.approx((cx, cy), abs=2)
 
 
-def test_a_part_of_an_object_is_inside_it(tracks: Tracks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs_module, "photometric", lambda image, *_: image)
+@pytest.mark.usefixtures("unlit")
+def test_a_part_of_an_object_is_inside_it(tracks: Tracks) -> None:
     seen = np.random.default_rng(5)
     for pair in draw(sampler(tracks, mix={"still": 1.0}, part=1.0, **PLAIN), 12):
         target = np.abs(pair.search.astype(int) - TARGET_BGR).max(axis=2) < 40
@@ -343,22 +356,20 @@ def test_share_of_negatives(tracks: Tracks) -> None:
     assert share == pytest.approx(0.3, abs=0.12)
 
 
+@pytest.mark.usefixtures("unlit")
 @pytest.mark.parametrize("extra", ["distractor", "occluder"])
-def test_pasted_objects_spare_or_cover_the_target(tracks: Tracks, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs_module, "photometric", lambda image, *_: image)
+def test_pasted_objects_spare_or_cover_the_target(tracks: Tracks, green: Track, extra: str) -> None:
     _, _, photos = tracks
-    # Green outlined objects to paste, red targets without outlines.
-    root = photos[0].parent
-    foreign = Track("f", (painted(root / "foreign.png", (100, 80, 60, 48), (40, 200, 40)),), (0,))
-    target = Track("t", (Sighting(root / "s0.png", (100.0, 80.0, 60.0, 48.0)),), (0,))
+    # Red targets without outlines.
+    target = Track("t", (Sighting(photos[0].parent / "s0.png", (100.0, 80.0, 60.0, 48.0)),), (0,))
     config = PairConfig(mix={"video": 1.0}, **{**PLAIN, extra: 1.0})
-    pair_sampler = PairSampler([target], [foreign], photos, config, ImageCache(0.1), 127, 255)
+    pair_sampler = PairSampler([target], [green], photos, config, ImageCache(0.1), 127, 255)
     greens, covered = 0, []
     for pair in draw(pair_sampler, 12):
-        green = np.abs(pair.search.astype(int) - (40, 200, 40)).max(axis=2) < 40
-        greens += green.any()
+        pasted = np.abs(pair.search.astype(int) - GREEN_BGR).max(axis=2) < 40
+        greens += pasted.any()
         cx, cy, w, h = (int(v) for v in pair.box_cxcywh)
-        inside = green[cy - h // 2 : cy + h // 2, cx - w // 2 : cx + w // 2]
+        inside = pasted[cy - h // 2 : cy + h // 2, cx - w // 2 : cx + w // 2]
         covered.append(inside.mean())
     if extra == "distractor":
         assert greens >= 6  # some fall on the target's place and are left out
@@ -368,13 +379,13 @@ def test_pasted_objects_spare_or_cover_the_target(tracks: Tracks, extra: str, mo
         assert 0.05 < np.mean(covered) < 0.5
 
 
+@pytest.mark.usefixtures("unlit")
 @pytest.mark.parametrize("extra", ["distractor", "occluder"])
-def test_the_target_is_no_distractor_of_itself(tracks: Tracks, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_target_is_no_distractor_of_itself(
+    tracks: Tracks, green: Track, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second copy of it would be labelled background; of a negative pair, neither object may come in again."""
-    monkeypatch.setattr(pairs_module, "photometric", lambda image, *_: image)
     videos, _, photos = tracks
-    root = photos[0].parent
-    green = Track("g", (painted(root / "green.png", (100, 80, 60, 48), (40, 200, 40)),), (0,))
 
     def drawn(others: list[Track], negative: float) -> list[Pair]:
         config = PairConfig(mix={"video": 1.0}, **{**PLAIN, extra: 1.0, "negative": negative})
@@ -390,7 +401,7 @@ def test_the_target_is_no_distractor_of_itself(tracks: Tracks, extra: str, monke
         return cv2.connectedComponents(red)[0] - 1
 
     pairs = drawn([], 0.0)
-    assert sum(shows(pair, (40, 200, 40)) for pair in pairs) > 5  # others are pasted
+    assert sum(shows(pair, GREEN_BGR) for pair in pairs) > 5  # others are pasted
     if extra == "distractor":
         assert {copies(pair) for pair in pairs} == {1}
     pasted: list[tuple[Collection[str], str]] = []
@@ -404,7 +415,7 @@ def test_the_target_is_no_distractor_of_itself(tracks: Tracks, extra: str, monke
     monkeypatch.setattr(Objects, "_draw", noted)
     drawn([], 0.0)
     assert len(pasted) >= 25 and all("v" in without and source not in without for without, source in pasted)
-    blue = Track("b", (painted(root / "blue.png", (100, 80, 60, 48), (200, 60, 40)),), (0,))
+    blue = Track("b", (painted(photos[0].parent / "blue.png", (100, 80, 60, 48), (200, 60, 40)),), (0,))
     for pair in drawn([blue], 0.5):
         if not pair.positive:  # of red and blue one is sought, the other is there
             assert not (shows(pair, TARGET_BGR) and shows(pair, (200, 60, 40)))

@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     pixels = parser.add_mutually_exclusive_group()
     pixels.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100 (default 95)")
     pixels.add_argument(
-        "--raw", action="store_true", help="raw pixels in place of JPEG: nothing to decode, some ten times as much disk"
+        "--raw", action="store_true", help="raw pixels in place of JPEG: nothing to decode, about eight times the disk"
     )
     options = parser.parse_args(arguments)
     try:
