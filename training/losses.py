@@ -153,6 +153,21 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
     return (weight * losses).sum() / truth.sum().clamp(min=1)
 
 
+def soft_focal_loss(scores: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
+    """Cross-entropy with soft labels, discounted where they are met already: ``|y - p|^gamma CE(p, y)``.
+
+    Divided by the sum of the labels. The quality focal loss of Li et al., "Generalized Focal Loss", 2020.
+
+    Args:
+        scores: p, probabilities of target ``[N, M]``.
+        labels: y in [0, 1] ``[N, M]``; takes no gradient.
+        gamma: how strongly cells that agree are discounted.
+    """
+    labels = labels.detach()
+    losses = functional.binary_cross_entropy(scores.clamp(1e-6, 1 - 1e-6), labels, reduction="none")
+    return ((labels - scores).abs() ** gamma * losses).sum() / labels.sum().clamp(min=1)
+
+
 CLASSIFICATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "balanced_ce": balanced_cross_entropy,
     "focal": focal_loss,

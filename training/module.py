@@ -20,6 +20,7 @@ from siamtrack.nets.importing import read_weights
 from siamtrack.nets.pretrained import import_mobilenetv2, import_resnet50
 from siamtrack.nets.tensorfile import read_tensors
 from training.device_augment import augmented
+from training.distil import Teachers, candidates, distil_terms, in_full
 from training.labels import Cells
 from training.losses import box_iou
 from training.objectives import check_fit
@@ -67,6 +68,9 @@ class SiameseModule(L.LightningModule):
         # Stages that never train must not be known to DistributedDataParallel.
         for stage in self._stages()[: len(self._stages()) - self.recipe.unfreeze_stages]:
             stage.requires_grad_(False)
+        self._teachers: Teachers | None = None
+        if data_root is not None and self.recipe.distil.teachers:
+            self._teachers = Teachers([Path(path) for path in self.recipe.distil.teachers], self.net)
 
     def _stages(self) -> list[nn.Module]:
         return cast(Any, self.net).backbone.trainable_stages()
@@ -74,6 +78,8 @@ class SiameseModule(L.LightningModule):
     def on_train_start(self) -> None:
         """A run resumed within an epoch starts none (Lightning calls no `on_train_epoch_start` then)."""
         self.set_stages()
+        if self._teachers is not None:
+            self._teachers.to(self.device)
 
     def on_train_epoch_start(self) -> None:
         self.set_stages()
@@ -94,9 +100,15 @@ class SiameseModule(L.LightningModule):
         self._statistics = [buffer.clone() for buffer in self.net.buffers()]
         normalisation = cast(Any, self.net).normalisation
         crops = {name: normalise(batch[name], normalisation) for name in CROPS if name in batch}
-        raw = self.net(**crops)
-        terms = self.objective(raw, batch, self.net.decoder)
+        raw = in_full(self.net(**crops))
+        with torch.autocast(self.device.type, enabled=False):  # half precision is too coarse for boxes
+            terms = self.objective(raw, batch, self.net.decoder)
         loss = self.objective.total(terms)
+        if self._teachers is not None:
+            soft = distil_terms(candidates(self.net, raw), self._teachers(crops))
+            share = self.recipe.distil.share
+            loss = (1 - share) * loss + share * torch.stack(list(soft.values())).sum()
+            terms |= {f"distil_{name}": term for name, term in soft.items()}
         self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()})
         self.log("train/loss", loss.detach())
         self.log("loss", loss.detach(), prog_bar=True, logger=False)

@@ -128,6 +128,24 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class DistilConfig:
+    """Networks to learn from besides the truth; see `training.distil`.
+
+    Attributes:
+        teachers: checkpoints of models with the same crops and candidates, relative to the working folder; empty for
+            none.
+        share: of the loss that is distance to the teachers; the objective has the rest.
+    """
+
+    teachers: tuple[str, ...] = ()
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share}; without teachers leave it out")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a training run.
 
@@ -167,6 +185,7 @@ class Recipe:
     precision: str = "32-true"
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    distil: DistilConfig = DistilConfig()
 
     def __post_init__(self) -> None:
         one_of("model", self.model, tuple(MODELS))
