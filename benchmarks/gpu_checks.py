@@ -240,7 +240,7 @@ def check_replay(table: Table, subject: str, opener: Opener) -> None:
 def _frames(runner: Runner, targets: int, count: int = 40) -> list[Any]:
     """Results over moving windows that also change the size of the upload."""
     images = camera((1280, 720), 4)
-    features = [runner.template(images[0], Window(50 * i, 30 * i, 120, 120), FILL) for i in range(targets)]
+    features = [runner.template(images[0], Window(50 * i, 30 * i, 120, 120), FILL, (60, 50)) for i in range(targets)]
     prev_size = np.full((targets, 2), 60, np.float32)
     results = []
     for turn, windows in enumerate(moving_windows((1280, 720), targets, 300, count)):
@@ -261,7 +261,9 @@ def check_memory(table: Table, subject: str, opener: Opener, frames: int) -> Non
         def play(count: int) -> None:
             for turn in range(count):
                 if turn % 100 == 0:
-                    features[:] = [runner.template(images[0], Window(50 * i, 30 * i, 90, 90), FILL) for i in range(4)]
+                    features[:] = [
+                        runner.template(images[0], Window(50 * i, 30 * i, 90, 90), FILL, (45, 40)) for i in range(4)
+                    ]
                 n = (1, 2, 4)[turn % 3]
                 these = windows[turn % len(windows)][:n]
                 runner.search(images[turn % 4], these, features[:n], prev_size[:n], TUNING)
@@ -338,7 +340,7 @@ def check_out_of_memory(table: Table, subject: str, opener: Opener) -> None:
         with opener(max_batch=4) as runner:
             before = _frames(runner, 1, 4)
             image = np.zeros((2160, 3840, 3), np.uint8)
-            features = [runner.template(image, Window(0, 0, 90, 90), FILL)] * 4
+            features = [runner.template(image, Window(0, 0, 90, 90), FILL, (45, 40))] * 4
             wide, prev_size = [Window(0, -800, 3840, 3840)] * 4, np.full((4, 2), 60, np.float32)
             told = False
             with _filled(filler, spare=0):

@@ -207,7 +207,7 @@ def runner_frame(runner: Runner, targets: int) -> Frame:
     """A search of several targets; each target has features of its own."""
     image = camera((256, 256), 1, seed=9)[0]
     features: list[Features] = [
-        runner.template(image, Window(10 * (i % 8), 5 * i, 120, 120), FILL) for i in range(targets)
+        runner.template(image, Window(10 * (i % 8), 5 * i, 120, 120), FILL, (60, 50)) for i in range(targets)
     ]
     prev_size = np.full((targets, 2), 60, np.float32)
     return lambda image, windows: runner.search(image, windows, features, prev_size, TUNING)
@@ -289,7 +289,7 @@ def _runner_rows(way: str, runner: Any, case: Case, options: argparse.Namespace)
     rows.append(case.row(way, "host", *percentiles(np.array(host[options.warmup :])), options.frames))
     if way != "tensorrt":  # within a replayed graph no stage can be told from the next
         images = camera(case.size, 2)
-        features = [runner.template(images[0], Window(0, 0, 120, 120), FILL)] * case.targets
+        features = [runner.template(images[0], Window(0, 0, 120, 120), FILL, (60, 50))] * case.targets
         prev_size = np.full((case.targets, 2), 60, np.float32)
         windows = moving_windows(case.size, case.targets, options.window, options.frames)
         found = [runner.profile(images[i % 2], these, features, prev_size, TUNING) for i, these in enumerate(windows)]

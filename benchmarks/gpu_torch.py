@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.model_size import Size
-from siamtrack.bundle import Bundle, GraphSpec, TensorSpec
+from siamtrack.bundle import SIZE, Bundle, GraphSpec, TensorSpec
 from siamtrack.crop import Image, Window, crop
 from siamtrack.nets.decode import SearchGraph, SiameseNet, TemplateGraph, UpdateGraph, is_adaptive, normalise
 from siamtrack.runners.cuda.device import Device
@@ -29,8 +29,8 @@ class HalfTemplate(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        return self.net.template(normalise(image, self.net.normalisation).half())
+    def forward(self, image: Tensor, *size: Tensor) -> tuple[Tensor, ...]:
+        return self.net.template(normalise(image, self.net.normalisation).half(), *(wh.half() for wh in size))
 
 
 class HalfSearch(nn.Module):
@@ -80,7 +80,7 @@ class TorchEngine:
     """
 
     def __init__(self, device: Device, module: nn.Module, graph: GraphSpec, half: bool = False) -> None:
-        own = ("image", "prev_size", "tuning", "box", "score", "penalty", "response")
+        own = ("image", SIZE, "prev_size", "tuning", "box", "score", "penalty", "response")
         kind = "float16" if half else "float32"
 
         def typed(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
@@ -174,7 +174,9 @@ class TorchLoop:
         modules = graph_modules(net.cuda(), half=True)
         self._search = modules["search"]
         with torch.inference_mode():
-            tensors = modules["template"](torch.zeros(1, template_px, template_px, 3, dtype=torch.uint8, device="cuda"))
+            image = torch.zeros(1, template_px, template_px, 3, dtype=torch.uint8, device="cuda")
+            sizes = [torch.full((1, 2), 60.0, device="cuda")] if bundle.manifest.takes_size else []
+            tensors = modules["template"](image, *sizes)
             if "update" in modules:
                 tensors = modules["update"](*[tensors[0]] * 3)
             self._tensors = [t.repeat(targets, *[1] * (t.dim() - 1)) for t in tensors]

@@ -109,7 +109,7 @@ def collect(bundle: Bundle, clips: Sequence[Clip]) -> Evidence:
                 first = next(clip.images())
                 cx, cy, w, h = xywh_to_cxcywh(clip.truth[0]).tolist()  # type: ignore[arg-type]
                 window = square_window(cx, cy, context_size(w, h, spec.context))
-                targets[clip.name] = runner.template(first, window, mean_bgr(first))
+                targets[clip.name] = runner.template(first, window, mean_bgr(first), (w, h))
         for clip in tqdm(clips, unit="clip", disable=None):
             # The rendered scenes share their look of cars: another scene's target is not foreign enough.
             foreign = [

@@ -294,7 +294,7 @@ class _Shaken:
 def _search(runner: Runner, pair: Pair) -> tuple[Features, SearchResult]:
     template_crop, search_crop, size = pair
     tracking = runner.bundle.manifest.tracking
-    features = runner.template(template_crop, _whole(template_crop), (0.0, 0.0, 0.0))
+    features = runner.template(template_crop, _whole(template_crop), (0.0, 0.0, 0.0), (float(size[0]), float(size[1])))
     tuning = (tracking.penalty_k, tracking.window_influence, 0.0)
     return features, runner.search(search_crop, [_whole(search_crop)], [features], size[None], tuning)
 

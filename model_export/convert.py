@@ -20,6 +20,7 @@ from model_export.precision import INT8_SCHEMES, Feeds, to_fp16, to_int8
 from siamtrack.bundle import (
     FEATURE,
     PRECISIONS,
+    SIZE,
     UPDATE_INPUTS,
     Bundle,
     BundleError,
@@ -53,7 +54,8 @@ def calibration_feeds(bundle: Bundle, count: int = CALIBRATION_CROPS, images: Pa
     wanted = {spec.name for spec in graphs["search"].inputs}
     for template_crop, search_crop, size in real_pairs(bundle, count, images):
         names = [spec.name for spec in graphs["template"].outputs]
-        tensors = dict(zip(names, sessions["template"].run(names, {"image": template_crop[None]}), strict=True))
+        feeds = {"image": template_crop[None], **({SIZE: size[None]} if bundle.manifest.takes_size else {})}
+        tensors = dict(zip(names, sessions["template"].run(names, feeds), strict=True))
         if "update" in sessions:  # a track starts so
             names = [spec.name for spec in graphs["update"].outputs]
             feature = dict.fromkeys(UPDATE_INPUTS, tensors[FEATURE])

@@ -19,6 +19,7 @@ from model_export.convert import int8_file
 from siamtrack.bundle import (
     SCHEMA_VERSION,
     SEARCH_OUTPUTS,
+    SIZE,
     UPDATE_INPUTS,
     Bundle,
     CropSpec,
@@ -34,7 +35,7 @@ from siamtrack.bundle import (
     write_manifest,
 )
 from siamtrack.nets.correlation import depthwise_grouped, depthwise_matmul
-from siamtrack.nets.decode import SearchGraph, SiameseNet, TemplateGraph, UpdateGraph, is_adaptive
+from siamtrack.nets.decode import SearchGraph, SiameseNet, TemplateGraph, UpdateGraph, is_adaptive, takes_size
 from siamtrack.state import Thresholds
 
 OPSET = 18
@@ -75,7 +76,10 @@ def export_bundle(
     net.eval()
     out.mkdir(parents=True, exist_ok=True)
     t, s = siamese.template_size, siamese.search_size
-    template_in = (torch.zeros(1, t, t, 3, dtype=torch.uint8),)
+    template_in: tuple[Tensor, ...] = (torch.zeros(1, t, t, 3, dtype=torch.uint8),)
+    template_inputs: tuple[str, ...] = ("image",)
+    if takes_size(net):
+        template_in, template_inputs = (*template_in, torch.full((1, 2), t / 2)), ("image", SIZE)
     with torch.no_grad():
         tensors = TemplateGraph(siamese)(*template_in)
         update_in = tuple(tensors[0].clone() for _ in UPDATE_INPUTS)  # one tensor thrice would become one input
@@ -95,7 +99,7 @@ def export_bundle(
             "template": _export(
                 TemplateGraph(siamese),
                 template_in,
-                ("image",),
+                template_inputs,
                 siamese.template_names,
                 out / "template.onnx",
                 batched=False,

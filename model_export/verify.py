@@ -18,9 +18,17 @@ from model_export.checkpoint import load_checkpoint
 from model_export.compare import Clip, Comparison, Pair, SubstituteRunner, compare, literal_runner
 from model_export.convert import CALIBRATION_CROPS, convert_bundle
 from model_export.crops import random_pairs, real_pairs
-from siamtrack.bundle import SEARCH_OUTPUTS, UPDATE_INPUTS, Bundle, BundleError
+from siamtrack.bundle import SEARCH_OUTPUTS, SIZE, UPDATE_INPUTS, Bundle, BundleError
 from siamtrack.crop import Image
-from siamtrack.nets.decode import SearchGraph, SiameseNet, TemplateGraph, UpdateGraph, is_adaptive, normalise
+from siamtrack.nets.decode import (
+    SearchGraph,
+    SiameseNet,
+    TemplateGraph,
+    UpdateGraph,
+    is_adaptive,
+    normalise,
+    takes_size,
+)
 from siamtrack.runners import EngineOptions, Runner, open_runner
 from siamtrack.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -92,8 +100,10 @@ def compare_with_onnxruntime(
         template_session, search_session = runner.session("template"), runner.session("search")
         for template_crop, search_crop, size in pairs:
             count += 1
-            names, ours = siamese.template_names, template_session.run(None, {"image": template_crop[None]})
-            reference = template_graph(torch.from_numpy(template_crop[None].copy()))
+            sizes = {SIZE: size[None]} if takes_size(net) else {}  # search crops have the scale of template crops
+            names = siamese.template_names
+            ours = template_session.run(None, {"image": template_crop[None], **sizes})
+            reference = template_graph(torch.from_numpy(template_crop[None].copy()), *map(torch.tensor, sizes.values()))
             template_error = _larger(template_error, _largest_difference(ours, reference))
             if is_adaptive(net):
                 recent = [(ours[0], reference[0]), *recent[:2]]

@@ -2,8 +2,9 @@
 
 ``manifest.json`` is the one place where training and tracking meet. Every graph speaks the same contract:
 
-* ``template``: ``image`` uint8 ``[1, T, T, 3]`` BGR -> template tensors, opaque to the host; one of them, ``feature``,
-  for a model whose template is renewed while tracking;
+* ``template``: ``image`` uint8 ``[1, T, T, 3]`` BGR, for some models also ``size`` f32 ``[1, 2]`` (w, h of the target
+  in crop pixels) -> template tensors, opaque to the host; one of them, ``feature``, for a model whose template is
+  renewed while tracking, which takes no ``size``;
 * ``update``, of such a model alone: three such features, ``first``, ``history`` and ``current`` -> template tensors.
   ``first`` is of the first frame, ``history`` the first output of the update before; the track starts with three times
   the same feature. The first output is the next history; search takes those outputs that its inputs name;
@@ -33,6 +34,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 SEARCH_OUTPUTS = ("box", "score", "penalty", "response")
 FEATURE = "feature"
 UPDATE_INPUTS = ("first", "history", "current")
+SIZE = "size"
 MANIFEST_NAME = "manifest.json"
 MODELS_DIR = Path(__file__).parent / "models"
 DEFAULT_MODEL = "siamcan-mobilenetv2"
@@ -205,6 +207,11 @@ class Manifest:
     accuracy: dict[str, float] = field(default_factory=dict)
 
     @property
+    def takes_size(self) -> bool:
+        """Does the template graph want to know how large the target is?"""
+        return any(spec.name == SIZE for spec in self.graphs["template"].inputs)
+
+    @property
     def template_tensors(self) -> tuple[str, ...]:
         """Names of the tensors that search takes from the update graph, or where there is none from template."""
         return tuple(spec.name for spec in self.graphs["search"].inputs[1:-2])
@@ -315,8 +322,9 @@ def _check_contract(path: Path, manifest: Manifest) -> None:
     template, search = manifest.graphs["template"], manifest.graphs["search"]
     tensors = _names(template.outputs)
     t, s = manifest.crop.template_px, manifest.crop.search_px
+    shown = [("image", (t, t, 3)), *([(SIZE, (2,))] if manifest.takes_size else [])]
     checks: list[tuple[str, object, object]] = [
-        ("template inputs", [(i.name, i.shape[1:]) for i in template.inputs], [("image", (t, t, 3))]),
+        ("template inputs", [(i.name, i.shape[1:]) for i in template.inputs], shown),
         ("search image", [i.shape[1:] for i in search.inputs if i.name == "image"], [(s, s, 3)]),
     ]
     if "update" in manifest.graphs:

@@ -131,7 +131,7 @@ class SiamTracker:
         check_frame(frame_bgr)
         height, width = frame_bgr.shape[:2]
         box = _cxcywh(check_box(box_xywh, width, height))
-        features = self.runner.template(frame_bgr, self._template_window(box), mean_bgr(frame_bgr))
+        features = self.runner.template(frame_bgr, self._template_window(box), mean_bgr(frame_bgr), box[2:])
         min_size = min(self.tracking.min_size_px, *box[2:])
         self._target = _Target(box, box, features, Status(State.TRACKING), (height, width), min_size)
         return self._track(self._target, 1.0)

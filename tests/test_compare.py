@@ -244,7 +244,7 @@ def test_substitute_runs_what_it_was_given(reference: OnnxRuntimeRunner, pairs: 
 
     runner = SubstituteRunner(reference.bundle, {"template": Session(), "search": reference.session("search")})
     image = pairs[0][0]
-    runner.template(image, compare._whole(image), (0, 0, 0))
+    runner.template(image, compare._whole(image), (0, 0, 0), (60, 50))
     assert asked == [["image"]]
 
 

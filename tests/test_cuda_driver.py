@@ -112,7 +112,7 @@ def test_replayed_frames_equal_plain_ones_and_everything_goes_back(run: Callable
         """
 replayed, plain = runner(), runner(graphs=False)
 assert replayed.uses_graphs
-a, b = (each.template(image, Window(5, 5, 60, 60), (1, 2, 3)) for each in (replayed, plain))
+a, b = (each.template(image, Window(5, 5, 60, 60), (1, 2, 3), (30, 24)) for each in (replayed, plain))
 for window in WINDOWS * 3:
     one, other = search(replayed, a, window), search(plain, b, window)
     np.testing.assert_array_equal(one, other)
@@ -188,7 +188,7 @@ def test_ctrl_c_ends_the_process_in_order(run: Callable[..., list[str]]) -> None
     lines = run(
         """
 left = runner()
-features = left.template(image, Window(5, 5, 60, 60), (1, 2, 3))
+features = left.template(image, Window(5, 5, 60, 60), (1, 2, 3), (30, 24))
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 print("running", flush=True)
 while True:
@@ -328,7 +328,7 @@ def current():
     return here.value
 before = current()
 with runner() as ours:
-    features = ours.template(image, Window(5, 5, 60, 60), (1, 2, 3))
+    features = ours.template(image, Window(5, 5, 60, 60), (1, 2, 3), (30, 24))
     search(ours, features, WINDOWS[1])
     ours.device.allocate(100)
     search(ours, features, WINDOWS[2])

@@ -73,7 +73,7 @@ def test_teachers_answer_with_their_mean_whatever_they_share(tmp_path: Path, fro
     batch = crops()
     with torch.no_grad():
         answers = [candidates(net, last_channels(net)(**batch)) for net in nets]
-    said = teachers(batch)
+    said = teachers(batch, torch.full((2, 2), 60.0))
     for name in Candidates._fields:
         alone = torch.stack([getattr(answer, name) for answer in answers])
         assert alone.std(dim=0).max() > 1e-4, "teachers that agree show nothing"
@@ -146,7 +146,12 @@ def batch() -> dict[str, Tensor]:
     pixels = {name: torch.randint(256, (2, side, side, 3), dtype=torch.uint8) for name, side in SIDES.items()}
     labels = torch.zeros(2, 196)
     labels[:, 100] = 1
-    return {**pixels, "box": torch.tensor([[100.0, 110, 40, 50]] * 2), "labels": labels}
+    return {
+        **pixels,
+        "box": torch.tensor([[100.0, 110, 40, 50]] * 2),
+        "size": torch.full((2, 2), 60.0),
+        "labels": labels,
+    }
 
 
 SIDES = {"template": 127, "search": 209}

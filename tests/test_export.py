@@ -28,7 +28,8 @@ from siamtrack.bundle import SCHEMA_VERSION, Bundle, BundleError, TrackingSpec, 
 from siamtrack.crop import Window
 from siamtrack.nets.correlation import depthwise_grouped
 from siamtrack.nets.decode import normalise
-from siamtrack.nets.siamcan import SiamCAN, SiamCANEdge
+from siamtrack.nets.edge import covered_cells
+from siamtrack.nets.siamcan import SiamCAN, SiamCANEdge, SiamCANEdgeConfig
 from siamtrack.runners.onnxruntime import OnnxRuntimeRunner
 
 Exported = tuple[Any, Bundle]
@@ -60,7 +61,18 @@ def r50(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return net, export_bundle("siamcan-r50", net, tmp_path_factory.mktemp("r50"), "unspecified")
 
 
-@pytest.fixture(params=["edge", "r50"])
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The edge network that is told the target's size."""
+    torch.manual_seed(0)
+    net: Any = lively(SiamCANEdge(SiamCANEdgeConfig(takes_size=True)))
+    with torch.no_grad():
+        net.loc.predict.weight.mul_(0.02)
+        torch.nn.init.normal_(net.shape.weight, std=0.1)
+    return net, export_bundle("siamcan-mobilenetv2", net, tmp_path_factory.mktemp("sized") / "bundle", "CC0-1.0")
+
+
+@pytest.fixture(params=["edge", "r50", "sized"])
 def exported(request: pytest.FixtureRequest) -> Exported:
     return request.getfixturevalue(request.param)
 
@@ -69,11 +81,11 @@ def exported(request: pytest.FixtureRequest) -> Exported:
 
 
 def tensors(
-    template: list[tuple[str, list[int]]], search_px: int, response: int
+    template: list[tuple[str, list[int]]], search_px: int, response: int, sized: bool = False
 ) -> dict[str, list[tuple[str, str, list[Any]]]]:
     """The contract of `siamtrack.bundle` for given template tensors."""
     return {
-        "template inputs": [("image", "uint8", [1, 127, 127, 3])],
+        "template inputs": [("image", "uint8", [1, 127, 127, 3]), *([("size", "float32", [1, 2])] if sized else [])],
         "template outputs": [(name, "float32", [1, *shape]) for name, shape in template],
         "search inputs": [
             ("image", "uint8", ["N", search_px, search_px, 3]),
@@ -95,6 +107,7 @@ CONTRACTS = {
     "siamcan-mobilenetv2": tensors([("kernel", [49, 96])], 209, 14),
     "siamcan-r50": tensors([*KERNELS, *((f"attention{level}", [256, 1, 1]) for level in range(3))], 255, 25),
 }
+SIZED = tensors([("kernel", [98, 96]), ("bias", [96, 1, 1])], 209, 14, sized=True)
 GRIDS = {"siamcan-mobilenetv2": (14, 16, 0.5), "siamcan-r50": (25, 8, 31.5)}
 
 
@@ -116,7 +129,8 @@ def test_manifest_says_everything(exported: Exported) -> None:
         assert entry["sha256"] == sha256(bundle.path / entry["file"])
         for side in ("inputs", "outputs"):
             found = [(t["name"], t["dtype"], t["shape"]) for t in entry[side]]
-            assert found == CONTRACTS[content["model"]][f"{graph} {side}"]
+            contract = SIZED if bundle.manifest.takes_size else CONTRACTS[content["model"]]
+            assert found == contract[f"{graph} {side}"]
 
 
 def test_manifest_agrees_with_the_graphs(exported: Exported) -> None:
@@ -254,6 +268,25 @@ def test_verification_notices_nan(edge: Exported) -> None:
     assert not compare_with_onnxruntime(broken, bundle, random_pairs(bundle, 2)).ok
 
 
+def test_onnxruntime_answers_as_pytorch_when_told_the_size(sized: Exported) -> None:
+    net, bundle = sized
+    difference = compare_with_onnxruntime(net, bundle, random_pairs(bundle, 5))
+    assert difference.ok, difference
+
+
+def test_a_model_that_asks_for_the_size_gets_it_in_crop_pixels(sized: Exported) -> None:
+    net, bundle = sized
+    image = np.random.default_rng(0).integers(0, 256, (200, 300, 3)).astype(np.uint8)
+    window = Window(50, 40, 254, 127)  # shrunk to half its width
+    with OnnxRuntimeRunner(bundle) as runner:
+        with pytest.raises(ValueError, match="the template of siamcan-mobilenetv2 needs the target's size"):
+            runner.template(image, window, (0, 0, 0))
+        _, bias = runner.template(image, window, (0, 0, 0), (100, 60)).tensors
+    with torch.no_grad():
+        wanted = net.shape(covered_cells(torch.tensor([[50.0, 60.0]]), 7))
+    np.testing.assert_allclose(bias[0, :, 0, 0], wanted[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture
 def plain_choice(edge: Exported) -> Exported:
     """The best score alone decides."""
@@ -349,7 +382,7 @@ def test_batch_of_three_equals_singles(exported: Exported) -> None:
     sizes = np.array([[64, 40], [30, 90], [50, 50]], np.float32)
     tuning = (0.06, 0.3, 0.0)
     with OnnxRuntimeRunner(bundle) as runner:
-        features = [runner.template(image, window, (110.0, 120.0, 130.0)) for window in places]
+        features = [runner.template(image, window, (110.0, 120.0, 130.0), (60, 40)) for window in places]
         together = runner.search(image, searched, features, sizes, tuning)
         assert together.box_cxcywh.shape == (3, 4)
         for i in range(3):

@@ -244,7 +244,7 @@ def test_negative_pairs_of_siamban_are_the_inner_ellipse() -> None:
 
 def pair(*values: float, positive: bool = True) -> Pair:
     nothing = np.zeros((1, 1, 3), np.uint8)
-    return Pair(nothing, nothing, box(*values), positive)
+    return Pair(nothing, nothing, box(*values), (60.0, 50.0), positive)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from siamtrack.nets.decode import (
     size_penalty,
     target_probability,
 )
+from siamtrack.nets.edge import cell_kernel, covered_cells
 from siamtrack.nets.pretrained import load_mobilenetv2_imagenet, load_resnet50_imagenet
 from siamtrack.nets.siamcan import SiamCAN, SiamCANConfig, SiamCANEdge, SiamCANEdgeConfig
 
@@ -385,6 +386,66 @@ def test_edge_template_kernel_holds_the_attended_cells(edge: SiamCANEdge) -> Non
         (kernel,) = edge.template(image)
     for row, column in ((0, 0), (3, 3), (2, 6)):
         torch.testing.assert_close(kernel[0, 7 * row + column], z[0, :, row, column] / math.sqrt(96))
+
+
+@pytest.mark.parametrize(
+    ("size", "across", "down"),
+    [
+        ((127.0, 16.0), [1] * 7, [0, 0, 0, 1, 0, 0, 0]),
+        ((48.0, 80.0), [0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 0]),
+        ((8.0, 0.0), [0, 0, 0, 0.5, 0, 0, 0], [0] * 7),
+    ],
+)
+def test_covered_cells_are_those_of_the_box(size: tuple[float, float], across: list[float], down: list[float]) -> None:
+    """Cells lie 1 px right of and below the middle, so that a box of whole cells covers 1/16 of the next one."""
+    covered = covered_cells(torch.tensor([[60.0, 60.0], size]), 7)
+    assert covered.shape == (2, 49)
+    wanted = torch.tensor(down)[:, None] * torch.tensor(across)[None, :]
+    assert (covered[1].reshape(7, 7) - wanted).abs().max() < 0.13
+    assert (covered[0].reshape(7, 7)[2:5, 2:5] == 1).all()
+    total = covered[1].sum() * 16**2
+    assert total == pytest.approx(min(size[0], 7 * 16) * size[1], rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def sized(edge: SiamCANEdge) -> SiamCANEdge:
+    """The same weights in a network that is told the target's size."""
+    net = SiamCANEdge(SiamCANEdgeConfig(takes_size=True))
+    net.load_state_dict(edge.state_dict())
+    return net.eval()
+
+
+def test_weights_of_an_edge_network_start_one_that_is_told_the_size(edge: SiamCANEdge, sized: SiamCANEdge) -> None:
+    image, search = rand(2, 3, 127, 127), rand(2, 3, 209, 209, seed=1)
+    with torch.no_grad():
+        before = edge(image, search)
+        for size in ([[64.0, 64], [64, 64]], [[100.0, 40], [30, 90]]):
+            template = sized.template(image, torch.tensor(size))
+            assert [tuple(t.shape) for t in template] == [(2, 98, 96), (2, 96, 1, 1)]
+            now = sized.search(search, *template)
+            torch.testing.assert_close(now.logits, before.logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(now.ltrb, before.ltrb, rtol=2e-3, atol=0)
+    again = SiamCANEdge(SiamCANEdgeConfig(takes_size=True))
+    again.load_state_dict(sized.state_dict())  # its own weights are taken as they are
+    assert sized.template_names == ("kernel", "bias")
+    assert edge.template_names == ("kernel",)
+
+
+def test_the_size_parts_the_template_and_sets_the_bias(sized: SiamCANEdge) -> None:
+    net = copy.deepcopy(sized)
+    image, size = rand(1, 3, 127, 127), torch.tensor([[48.0, 80.0]])
+    with torch.no_grad():
+        nn.init.normal_(net.shape.weight)
+        kernel, bias = net.template(image, size)
+        whole = cell_kernel(net.template_features(image) * net.attention(net.template_features(image)))  # type: ignore[misc]
+        covered = covered_cells(size, 7)
+        torch.testing.assert_close(kernel[:, :49] + kernel[:, 49:], whole)
+        torch.testing.assert_close(kernel[0, 24], whole[0, 24])  # the middle is all target
+        assert (kernel[0, 0] == 0).all()  # a corner is none of it
+        torch.testing.assert_close(bias[0, :, 0, 0], net.shape.weight @ covered[0])
+        search = rand(1, 3, 209, 209, seed=1)
+        seen = [net(image, search, torch.tensor([wh])) for wh in ([48.0, 80.0], [80.0, 48.0])]
+    assert (seen[0].ltrb - seen[1].ltrb).abs().max() > 1e-3
 
 
 def test_edge_cell_lies_on_pixel_16_i() -> None:

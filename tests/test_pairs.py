@@ -119,6 +119,7 @@ def test_sample_shapes_and_collate(tracks: Tracks) -> None:
         "template": ((3, 127, 127, 3), torch.uint8),
         "search": ((3, 255, 255, 3), torch.uint8),
         "box": ((3, 4), torch.float32),
+        "size": ((3, 2), torch.float32),
         "labels": ((3, 625), torch.int8),
         "positive": ((3,), torch.bool),
     }
@@ -158,6 +159,9 @@ def test_box_is_where_the_target_is(tracks: Tracks, kind: str) -> None:
             assert not target[~outer].any()
         middle = pair.template[63, 63].astype(int)
         assert np.abs(middle - TARGET_BGR).max() < 40  # the template shows the target, in its middle
+        shown = np.abs(pair.template.astype(int) - TARGET_BGR).max(axis=2) < 40
+        extent = [np.ptp(np.flatnonzero(shown.any(axis=axis))) + 1 for axis in (0, 1)]
+        assert extent == pytest.approx(pair.size, abs=2)
 
 
 @pytest.mark.usefixtures("unlit")

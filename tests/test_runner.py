@@ -17,6 +17,7 @@ from siamtrack.scene import SceneFrame
 TUNING = (0.06, 0.4, 0.0)
 WINDOWS = [Window(100, 60, 120, 120), Window(-30, -30, 160, 160), Window(200, 100, 255, 255)]
 TEMPLATE_WINDOW = Window(150, 90, 60, 60)
+SIZE = (30.0, 24.0)  # of the target
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def with_graph(bundle: Bundle, name: str, **changes: object) -> Bundle:
 
 def test_search_result_has_the_shapes_of_the_contract(runner: OnnxRuntimeRunner, scene: list[SceneFrame]) -> None:
     image, grid = scene[0].image, runner.bundle.manifest.grid.size
-    features = runner.template(image, TEMPLATE_WINDOW, (1, 2, 3))
+    features = runner.template(image, TEMPLATE_WINDOW, (1, 2, 3), SIZE)
     assert features.fill_bgr == (1, 2, 3)
     result = runner.search(image, WINDOWS, [features] * 3, sizes(3), TUNING)
     assert result.box_cxcywh.shape == (3, 4)
@@ -53,7 +54,7 @@ def test_a_batch_equals_single_searches(runner: OnnxRuntimeRunner, scene: list[S
     image = scene[5].image
     # Other targets and fills in each window: a batch that mixed up its rows would be seen.
     features = [
-        runner.template(image, Window(100 + 40 * i, 80, 50 + 9 * i, 50 + 9 * i), (90 * i,) * 3) for i in range(3)
+        runner.template(image, Window(100 + 40 * i, 80, 50 + 9 * i, 50 + 9 * i), (90 * i,) * 3, SIZE) for i in range(3)
     ]
     batch = runner.search(image, WINDOWS, features, sizes(3), TUNING)
     assert len({float(s) for s in batch.score}) == 3
@@ -66,7 +67,7 @@ def test_a_batch_equals_single_searches(runner: OnnxRuntimeRunner, scene: list[S
 
 
 def test_windows_and_features_must_pair_up(runner: OnnxRuntimeRunner, scene: list[SceneFrame]) -> None:
-    features = runner.template(scene[0].image, TEMPLATE_WINDOW, (0, 0, 0))
+    features = runner.template(scene[0].image, TEMPLATE_WINDOW, (0, 0, 0), SIZE)
     with pytest.raises(ValueError):
         runner.search(scene[0].image, WINDOWS, [features] * 2, sizes(3), TUNING)
 
@@ -74,7 +75,7 @@ def test_windows_and_features_must_pair_up(runner: OnnxRuntimeRunner, scene: lis
 def test_last_timing_is_of_the_last_search(default_bundle: Bundle, scene: list[SceneFrame]) -> None:
     with OnnxRuntimeRunner(default_bundle, threads=1) as runner:
         assert runner.last_timing == {}
-        features = runner.template(scene[0].image, TEMPLATE_WINDOW, (0, 0, 0))
+        features = runner.template(scene[0].image, TEMPLATE_WINDOW, (0, 0, 0), SIZE)
         runner.search(scene[0].image, WINDOWS[:1], [features], sizes(1), TUNING)
         first = runner.last_timing
         assert set(first) == {"crop", "network"}
@@ -86,10 +87,10 @@ def test_last_timing_is_of_the_last_search(default_bundle: Bundle, scene: list[S
 def test_closed_runner_says_so_and_closes_twice(default_bundle: Bundle, scene: list[SceneFrame]) -> None:
     image = scene[0].image
     with OnnxRuntimeRunner(default_bundle, threads=1) as runner:
-        features = runner.template(image, TEMPLATE_WINDOW, (0, 0, 0))
+        features = runner.template(image, TEMPLATE_WINDOW, (0, 0, 0), SIZE)
     runner.close()
     with pytest.raises(RuntimeError, match="is closed; open a new one"):
-        runner.template(image, TEMPLATE_WINDOW, (0, 0, 0))
+        runner.template(image, TEMPLATE_WINDOW, (0, 0, 0), SIZE)
     with pytest.raises(RuntimeError, match="is closed; open a new one"):
         runner.search(image, WINDOWS[:1], [features], sizes(1), TUNING)
 

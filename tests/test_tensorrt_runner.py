@@ -45,7 +45,7 @@ def runner(default_bundle: Bundle, device: HostDevice) -> Iterator[CudaRunner]:
 
 def target(runner: CudaRunner, frame: SceneFrame, offset: int = 0) -> Features:
     x, y, w, _ = (int(v) for v in frame.box_xywh)
-    return runner.template(frame.image, Window(x + offset, y, 2 * w, 2 * w), mean_bgr(frame.image))
+    return runner.template(frame.image, Window(x + offset, y, 2 * w, 2 * w), mean_bgr(frame.image), (w, w - offset))
 
 
 def sizes(count: int) -> np.ndarray:
@@ -81,7 +81,7 @@ def test_a_frame_gives_what_the_graph_gives_for_the_same_crop(
     with OnnxRuntimeRunner(default_bundle, threads=1) as other:
         results = []
         for each in (runner, other):
-            features = each.template(frame.image, Window(-20, 90, t, t), (9.0, 8.0, 7.0))
+            features = each.template(frame.image, Window(-20, 90, t, t), (9.0, 8.0, 7.0), (70, 45))
             results.append(each.search(frame.image, [Window(-30, 40, s, s)], [features], sizes(1), TUNING))
     for name in ("box_cxcywh", "score", "penalty", "response"):
         np.testing.assert_array_equal(getattr(results[0], name), getattr(results[1], name))
@@ -171,7 +171,7 @@ def test_several_targets_are_one_launch_and_do_not_mix(
     runner: CudaRunner, device: HostDevice, scene: list[SceneFrame]
 ) -> None:
     features = [
-        runner.template(scene[5].image, Window(100 + 40 * i, 80, 50 + 9 * i, 50 + 9 * i), (90.0 * i,) * 3)
+        runner.template(scene[5].image, Window(100 + 40 * i, 80, 50 + 9 * i, 50 + 9 * i), (90.0 * i,) * 3, (30, 25))
         for i in range(3)
     ]
     windows = [Window(100, 60, 120, 120), Window(-30, -30, 160, 160), Window(200, 100, 255, 255)]
@@ -228,6 +228,8 @@ def test_a_wide_window_of_a_large_image_grows_the_buffers_once(
     assert device.take_calls() == REPLAY
     after = search(runner, scene[1], [features])  # bound and captured anew: the old buffer is gone
     np.testing.assert_array_equal(after.penalty, before.penalty)
+    once_more = target(runner, scene[0])  # the template engine too has been bound to the old buffer
+    np.testing.assert_array_equal(search(runner, scene[1], [once_more]).response, before.response)
     with OnnxRuntimeRunner(default_bundle, threads=1) as other:
         theirs = other.search(
             image, windows[:1], [other.template(scene[0].image, *_template_of(scene[0]))], sizes(1), TUNING
@@ -235,9 +237,9 @@ def test_a_wide_window_of_a_large_image_grows_the_buffers_once(
     np.testing.assert_allclose(result.box_cxcywh[0], theirs.box_cxcywh[0], atol=2)
 
 
-def _template_of(frame: SceneFrame) -> tuple[Window, tuple[float, float, float]]:
+def _template_of(frame: SceneFrame) -> tuple[Window, tuple[float, float, float], tuple[float, float]]:
     x, y, w, _ = (int(v) for v in frame.box_xywh)
-    return Window(x, y, 2 * w, 2 * w), mean_bgr(frame.image)
+    return Window(x, y, 2 * w, 2 * w), mean_bgr(frame.image), (w, w)
 
 
 def test_out_of_memory_in_flight_leaves_the_runner_as_it_was(
@@ -565,7 +567,7 @@ def test_the_crop_on_the_device_is_the_cpu_crop(default_bundle: Bundle, device: 
     engines["search"].function = lambda feeds: (seen.append(feeds["image"]), original(feeds))[1]
     image = np.random.default_rng(1).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     with CudaRunner(bundle, device, engines) as runner:
-        features = runner.template(image, Window(0, 0, 50, 50), (7.4, 90.6, 200.0))
+        features = runner.template(image, Window(0, 0, 50, 50), (7.4, 90.6, 200.0), (25, 25))
         for window in (Window(-40, 200, 180, 180), Window(390, 290, 300, 300), Window(-300, -300, 1000, 1000)):
             runner.search(image, [window], [features], sizes(1), TUNING)
             expected = crop(image, window, bundle.manifest.crop.search_px, features.fill_bgr)

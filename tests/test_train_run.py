@@ -699,6 +699,15 @@ def test_a_run_from_before_a_field_was_known_goes_on(data: Path, tmp_path: Path)
         check_same_recipe(tiny(epochs=1, pairs_per_epoch=4, validation_pairs=0, seed=9), last)
 
 
+def test_a_network_that_is_told_the_size_goes_on_from_one_that_is_not(data: Path, tmp_path: Path) -> None:
+    start = train(tiny(epochs=1), data, tmp_path / "start")
+    told = tiny(epochs=1, weights=str(start), model_config={"takes_size": True})
+    net = load_checkpoint(train(told, data, tmp_path / "told")).net
+    assert net.shape.weight.abs().max() > 0  # type: ignore[union-attr, operator]
+    inside, outside = net.mix[0].weight.chunk(2, dim=1)  # type: ignore[index, union-attr]
+    assert not torch.equal(inside, outside)  # type: ignore[arg-type]
+
+
 def test_batch_must_split_evenly(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size 4 does not split evenly over 3 devices"):
         train(tiny(), data, tmp_path / "run", devices=3)

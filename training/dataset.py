@@ -82,8 +82,9 @@ class LabelConfig:
 class PairDataset(Dataset[Sample]):
     """Sample ``i`` as arrays.
 
-    Crops uint8 ``template``, ``search``, and ``history``, ``current`` where pairs have them; ``box`` f32 [4];
-    ``labels`` int8 [M]; ``positive``; and the arrays of `training.device_augment` where light and noise are left to it.
+    Crops uint8 ``template``, ``search``, and ``history``, ``current`` where pairs have them; ``box`` f32 [4]; ``size``
+    f32 [2] of the target in the template; ``labels`` int8 [M]; ``positive``; and the arrays of
+    `training.device_augment` where light and noise are left to it.
 
     Args:
         sampler: draws the pairs.
@@ -117,6 +118,7 @@ class PairDataset(Dataset[Sample]):
         return {
             **crops,
             "box": pair.box_cxcywh.astype(np.float32),
+            "size": np.array(pair.size, np.float32),
             "labels": self.labels.label(self.cells, pair, rng),
             "positive": np.array(pair.positive),
             **as_arrays(pair.effects),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model_export.checkpoint import load_checkpoint
-from siamtrack.nets.decode import Candidates, Decoder, is_adaptive
+from siamtrack.nets.decode import Candidates, Decoder, is_adaptive, takes_size
 from training.losses import diou_loss, soft_focal_loss
 
 
@@ -48,14 +48,17 @@ class Teachers:
             net.to(device)
 
     @torch.no_grad()
-    def __call__(self, crops: Mapping[str, Tensor]) -> Candidates:
+    def __call__(self, crops: Mapping[str, Tensor], size: Tensor) -> Candidates:
         """The mean of their boxes and of their scores, candidate by candidate.
 
         Args:
             crops: by name, normalised, as the student takes them.
+            size: ``[N, 2]`` of the targets in the template crops, for teachers that want to know.
         """
         features = {name: self.trunk(crop) for name, crop in crops.items()}
-        boxes, scores = zip(*(candidates(net, net(**features)) for net in self.nets), strict=True)
+        given = [features | ({"size": size} if takes_size(net) else {}) for net in self.nets]
+        answers = (candidates(net, net(**inputs)) for net, inputs in zip(self.nets, given, strict=True))
+        boxes, scores = zip(*answers, strict=True)
         return Candidates(torch.stack(boxes).mean(dim=0), torch.stack(scores).mean(dim=0))
 
 

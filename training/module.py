@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from siamtrack.nets.backbones import MobileNetV2, ResNet50, TwoBackbones
 from siamtrack.nets.build import build_model
-from siamtrack.nets.decode import AnchorBased, SearchGraph, TemplateGraph, is_adaptive, normalise
+from siamtrack.nets.decode import AnchorBased, SearchGraph, TemplateGraph, is_adaptive, normalise, takes_size
 from siamtrack.nets.importing import read_weights
 from siamtrack.nets.pretrained import import_mobilenetv2, import_resnet50
 from siamtrack.nets.tensorfile import read_tensors
@@ -100,12 +100,12 @@ class SiameseModule(L.LightningModule):
         self._statistics = [buffer.clone() for buffer in self.net.buffers()]
         normalisation = cast(Any, self.net).normalisation
         crops = {name: normalise(batch[name], normalisation) for name in CROPS if name in batch}
-        raw = in_full(self.net(**crops))
+        raw = in_full(self.net(**crops, **self._size(batch)))
         with torch.autocast(self.device.type, enabled=False):  # half precision is too coarse for boxes
             terms = self.objective(raw, batch, self.net.decoder)
         loss = self.objective.total(terms)
         if self._teachers is not None:
-            soft = distil_terms(candidates(self.net, raw), self._teachers(crops))
+            soft = distil_terms(candidates(self.net, raw), self._teachers(crops, batch["size"]))
             share = self.recipe.distil.share
             loss = (1 - share) * loss + share * torch.stack(list(soft.values())).sum()
             terms |= {f"distil_{name}": term for name, term in soft.items()}
@@ -118,6 +118,10 @@ class SiameseModule(L.LightningModule):
         self.epoch_loss.update(torch.where(broken, 0.0, loss.detach()), weight=(~broken).float())
         self.log("train/epoch_loss", self.epoch_loss, on_step=False, on_epoch=True)
         return loss * torch.where(broken, torch.nan, 1.0)
+
+    def _size(self, batch: Batch) -> Batch:
+        """What a network that is told the target's size takes besides the crops."""
+        return {"size": batch["size"]} if takes_size(self.net) else {}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make a step with a gradient that is not finite do nothing: neither weights nor momentum nor statistics move.
@@ -135,7 +139,7 @@ class SiameseModule(L.LightningModule):
                     buffer.copy_(before)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        template = self.template_graph(batch["template"])
+        template = self.template_graph(batch["template"], *self._size(batch).values())
         if is_adaptive(self.net):
             further = (self.template_graph(batch[name])[0] for name in ("history", "current"))
             template = self.net.update(template[0], *further)
@@ -244,11 +248,14 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Load weights that fit in every name and shape; BatchNorm's counters may be missing."""
-    own = {name: value for name, value in module.state_dict().items() if not name.endswith("num_batches_tracked")}
-    wrong = sorted(set(own) ^ set(state)) or sorted(n for n, v in state.items() if v.shape != own[n].shape)
+    misfit = f"{path} does not fit {type(module).__name__}"
+    try:
+        missing, unknown = module.load_state_dict(dict(state), strict=False)
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"{misfit}: {error}") from error
+    wrong = sorted({*missing, *unknown} - {name for name in missing if name.endswith("num_batches_tracked")})
     if wrong:
-        raise ValueError(f"{path} does not fit {type(module).__name__}: {', '.join(wrong[:5])} and {len(wrong)} in all")
-    module.load_state_dict(state, strict=False)
+        raise ValueError(f"{misfit}: {', '.join(wrong[:5])} and {len(wrong)} in all")
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

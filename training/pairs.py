@@ -85,7 +85,8 @@ class PairConfig:
 class Pair:
     """One training sample: crops uint8 BGR, the target's box (cx, cy, w, h) in search-crop pixels.
 
-    In a negative pair the box is that of the foreign target in the search crop. `history` and `current` are the further
+    In a negative pair the box is that of the foreign target in the search crop. `size` is the target's width and height
+    in template-crop pixels. `history` and `current` are the further
     templates T_a and T_c of a model with template updates; None for others. `effects` are light and noise that the
     crops are still without, by the crop's name; empty where they have them.
     """
@@ -93,6 +94,7 @@ class Pair:
     template: Crop
     search: Crop
     box_cxcywh: NDArray[np.float64]
+    size: tuple[float, float]
     positive: bool
     history: Crop | None = None
     current: Crop | None = None
@@ -107,12 +109,14 @@ class Drawn:
         templates: one, or three (first, history, current).
         search: crop.
         box: of the target in it.
+        size: width and height of the target in the first template.
         source: the video or photo the target is from.
     """
 
     templates: list[Crop]
     search: Crop
     box: CxCyWH
+    size: tuple[float, float]
     source: str
 
 
@@ -209,7 +213,7 @@ class PairSampler:
             else:
                 lit = photometric(image, rng, light)
                 crops[name] = corrupted(lit, rng) if corrupts else lit
-        return Pair(**crops, box_cxcywh=np.array(box), positive=positive, effects=effects)
+        return Pair(**crops, box_cxcywh=np.array(box), size=drawn.size, positive=positive, effects=effects)
 
     def _draw_foreign(self, source: str, rng: Rng) -> Drawn:
         """What is drawn from another video or photo than `source`: the same one might show the target too."""
@@ -246,11 +250,11 @@ class PairSampler:
         else:
             still = self._draw_still(rng) if kind == "still" else self._draw_region(rng)
             shown, later, source = [still] * (3 if self.triplets else 1), still, source_of(still.image)
-        templates = [self._view(seen, self.template_px, self.config.template, rng)[0] for seen in shown]
+        views = [self._view(seen, self.template_px, self.config.template, rng) for seen in shown]
         search, box = self._view(later, self.search_px, self.config.search, rng)
         if rng.random() < self.config.rotation:
             search, box = rotate(search, box, rng.uniform(-1, 1) * self.config.rotation_deg)
-        return Drawn(templates, search, box, source)
+        return Drawn([view for view, _ in views], search, box, views[0][1][2:], source)
 
     def _view(self, seen: Sighting, size_px: int, jitter: Jitter, rng: Rng) -> tuple[Crop, CxCyWH]:
         image = self.images.bgr(seen.image)
@@ -302,4 +306,5 @@ class PairSampler:
         centre = self.search_px / 2 + rng.uniform(-config.search.shift_px, config.search.shift_px, 2)
         angle = rng.uniform(-1, 1) * config.rotation_deg if rng.random() < config.rotation else 0.0
         box = paste(background, cutout, (centre[0], centre[1]), size, angle)
-        return Drawn(templates, background, box, source) if box is not None else self._draw_cutout(rng)
+        shown = (width * scale, height * scale)
+        return Drawn(templates, background, box, shown, source) if box is not None else self._draw_cutout(rng)

@@ -120,6 +120,20 @@ class SiameseNet(Protocol):
         ...
 
 
+class SizedNet(SiameseNet, Protocol):
+    """A model whose template is told how large the target is: `size` ``[N, 2]``, w and h in template-crop pixels.
+
+    Attributes:
+        takes_size: whether it is; a configuration may leave that out.
+    """
+
+    takes_size: bool
+
+    def template(self, image: Tensor, size: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Template tensors of a target of that size, centred in the crop."""
+        ...
+
+
 class AdaptiveNet(SiameseNet, Protocol):
     """A model whose template is renewed while tracking (DASTSiam, SiamFC+ST): `template` gives one tensor, the feature.
 
@@ -143,6 +157,11 @@ class AdaptiveNet(SiameseNet, Protocol):
 def is_adaptive(net: object) -> TypeGuard[AdaptiveNet]:
     """Does this model renew its template while tracking?"""
     return bool(getattr(net, "update_names", ()))
+
+
+def takes_size(net: object) -> TypeGuard[SizedNet]:
+    """Is this model's template told how large the target is?"""
+    return bool(getattr(net, "takes_size", False))
 
 
 def normalise(image: Tensor, normalisation: Normalisation) -> Tensor:
@@ -282,14 +301,14 @@ class AnchorBased(Decoder):
 
 
 class TemplateGraph(nn.Module):
-    """``image`` uint8 ``[1, T, T, 3]`` BGR to the model's template tensors."""
+    """``image`` uint8 ``[1, T, T, 3]`` BGR, and ``size`` f32 ``[1, 2]`` for a `SizedNet`, to its template tensors."""
 
     def __init__(self, net: SiameseNet) -> None:
         super().__init__()
         self.net = net
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        return self.net.template(normalise(image, self.net.normalisation))
+    def forward(self, image: Tensor, *size: Tensor) -> tuple[Tensor, ...]:
+        return self.net.template(normalise(image, self.net.normalisation), *size)
 
 
 class UpdateGraph(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -43,6 +44,25 @@ class EdgeFeatures(nn.Module):
     def template_features(self, image: Tensor) -> Tensor:
         """``[N, 3, 127, 127]`` to the cells of the target and its surroundings ``[N, C, 7, 7]``."""
         return self.features(image)[:, :, 1:8, 1:8]
+
+
+def covered_cells(size: Tensor, cells: int) -> Tensor:
+    """How much of each template cell a target covers.
+
+    Args:
+        size: ``[N, 2]`` its width and height in template-crop pixels; it is centred in the crop.
+        cells: K, template cells a side, each a square of the stride about its pixel.
+
+    Returns:
+        ``[N, K * K]`` shares in [0, 1], row by row.
+    """
+    stride = EdgeFeatures.grid.stride
+    first = EdgeFeatures.grid.origin + stride - EdgeFeatures.template_size / 2  # cell 1 from the crop's centre
+    centres = first + stride * torch.arange(cells, dtype=size.dtype, device=size.device)
+    half = size[:, :, None] / 2  # [N, 2, 1]
+    ends = torch.minimum(centres + stride / 2, half) - torch.maximum(centres - stride / 2, -half)
+    across, down = (ends / stride).clamp(0, 1).unbind(dim=1)  # [N, K] each
+    return (down[:, :, None] * across[:, None]).flatten(1)
 
 
 def cell_kernel(z: Tensor) -> Tensor:

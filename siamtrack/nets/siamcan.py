@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from siamtrack.bundle import TrackingSpec
 from siamtrack.nets.attention import ChannelAttention, SpatialAttention
 from siamtrack.nets.correlation import pixelwise
 from siamtrack.nets.decode import AnchorFree, RawMaps
-from siamtrack.nets.edge import EdgeFeatures, cell_kernel
+from siamtrack.nets.edge import EdgeFeatures, cell_kernel, covered_cells
 from siamtrack.nets.layers import CorrelationBranch, conv_norm_act, separable_tower
 from siamtrack.nets.siamban import SiamBAN, SiamBANConfig
 
@@ -94,12 +95,14 @@ class SiamCANEdgeConfig:
         blocks: depthwise-separable blocks a branch.
         channel_attention: as in `SiamCANConfig`.
         spatial_attention: as in `SiamCANConfig`.
+        takes_size: tell the template how large the target is; see `SiamCANEdge`.
     """
 
     channels: int = 96
     blocks: int = 3
     channel_attention: bool = True
     spatial_attention: bool = True
+    takes_size: bool = False
 
 
 class EdgeBranch(nn.Module):
@@ -131,6 +134,9 @@ class SiamCANEdge(EdgeFeatures):
       kernel, ``z (v x) = (v z) x``, and the search graph never sees them.
     * Depthwise-separable towers, because the correlation map carries position, not appearance, and must be read
       spatially; one sigmoid logit in place of two softmax ones, distances of ``32 exp(raw)`` without a learnt scale.
+    * With `takes_size`, each template cell gives two correlation maps in place of one, weighed by how much of it the
+      target covers and by the rest, and what it covers decides on a bias. Crops are scaled by area: without this the
+      network cannot know whether a head ends below the ears or above them.
     * Training (`training/recipes/siamcan-mobilenetv2.yaml`): focal loss over all cells in place of sampled, balanced
       cross-entropy, and the cell nearest to the centre always positive, or a small target would have none.
     """
@@ -138,7 +144,7 @@ class SiamCANEdge(EdgeFeatures):
     tracking = TrackingSpec(  # by `evaluation.tune`, for a run of another seed than the shipped one
         penalty_k=0.05, window_influence=0.274, size_rate=0.419, uncertain_rate=0.5, motion_rate=0.202
     )
-    template_names = ("kernel",)
+    template_names: tuple[str, ...] = ("kernel",)
 
     def __init__(self, config: SiamCANEdgeConfig | None = None) -> None:
         config = config or SiamCANEdgeConfig()
@@ -146,25 +152,56 @@ class SiamCANEdge(EdgeFeatures):
         super().__init__(width)
         self.config = config
         self.attention = ChannelAttention() if self.config.channel_attention else None
-        self.mix = conv_norm_act(self.cells**2, width, 1)
+        cells = self.cells**2
+        self.takes_size = config.takes_size
+        self.mix = conv_norm_act(2 * cells if self.takes_size else cells, width, 1)[:-1]  # without ReLU: see `search`
+        if self.takes_size:
+            self.template_names = ("kernel", "bias")
+            self.shape = nn.Linear(cells, width)
+            nn.init.zeros_(self.shape.weight)
+            nn.init.zeros_(self.shape.bias)
+            self.register_load_state_dict_pre_hook(_add_size)
         self.cls = EdgeBranch(self.config, outputs=1)
         self.loc = EdgeBranch(self.config, outputs=4)
         self.decoder = AnchorFree(self.grid)
         nn.init.constant_(self.cls.predict.bias, -math.log(99.0))  # type: ignore[arg-type]  # focal loss: prior 0.01
 
-    def template(self, image: Tensor) -> tuple[Tensor]:
-        """``[N, 3, 127, 127]`` to the correlation kernel ``[N, 49, C]``, channel attention folded in."""
+    def template(self, image: Tensor, size: Tensor | None = None) -> tuple[Tensor, ...]:
+        """To the correlation kernel ``[N, 49, C]``, channel attention folded in.
+
+        With `takes_size` it is ``[N, 98, C]``, and there is a bias ``[N, C, 1, 1]``.
+
+        Args:
+            image: ``[N, 3, 127, 127]``.
+            size: ``[N, 2]`` width and height of the target in crop pixels, with `takes_size` alone.
+        """
         z = self.template_features(image)
         if self.attention is not None:
             z = z * self.attention(z)
-        return (cell_kernel(z),)
+        kernel = cell_kernel(z)
+        if size is None:
+            return (kernel,)
+        covered = covered_cells(size, self.cells)  # [N, 49]
+        inside = covered[:, :, None]
+        kernel = torch.cat([kernel * inside, kernel * (1 - inside)], dim=1)
+        return kernel, self.shape(covered)[:, :, None, None]
 
-    def search(self, image: Tensor, kernel: Tensor) -> RawMaps:
-        """``[N, 3, 209, 209]`` and the kernel to raw maps on the 14x14 grid."""
-        x = self.mix(pixelwise(self.features(image), kernel))  # [N, C, 14, 14]
+    def search(self, image: Tensor, kernel: Tensor, bias: Tensor | None = None) -> RawMaps:
+        """``[N, 3, 209, 209]`` and the tensors of `template` to raw maps on the 14x14 grid."""
+        x = self.mix(pixelwise(self.features(image), kernel))
+        x = functional.relu(x if bias is None else x + bias)  # [N, C, 14, 14]
         ltrb = 32 * torch.exp(self.loc(x).clamp(-6.0, 2.7))  # 0.08 to 476 px: never nothing, never more than a crop
         return RawMaps(logits=self.cls(x), ltrb=ltrb)
 
-    def forward(self, template: Tensor, search: Tensor) -> RawMaps:
+    def forward(self, template: Tensor, search: Tensor, size: Tensor | None = None) -> RawMaps:
         """Normalised template ``[N, 3, 127, 127]`` and search ``[N, 3, 209, 209]`` crops to raw maps."""
-        return self.search(search, *self.template(template))
+        return self.search(search, *self.template(template, size))
+
+
+def _add_size(net: SiamCANEdge, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Let weights of a network without `takes_size` start one with it: it then begins as what that was."""
+    mix, shape = f"{prefix}mix.0.weight", f"{prefix}shape."
+    if mix in state and state[mix].shape[1] == net.cells**2:
+        state[mix] = state[mix].repeat(1, 2, 1, 1)
+        for name, value in net.shape.state_dict().items():
+            state.setdefault(shape + name, torch.zeros_like(value))

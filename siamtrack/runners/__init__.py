@@ -53,6 +53,28 @@ class SearchResult:
     response: NDArray[np.float32]
 
 
+Size = tuple[float, float]
+
+
+def size_in_crop(bundle: Bundle, window: Window, size: Size | None) -> NDArray[np.float32] | None:
+    """``[1, 2]`` width and height of a target in its template crop's pixels; None for a model that does not ask.
+
+    Args:
+        bundle: says whether the model asks for it.
+        window: the target's template window.
+        size: width and height of the target in image pixels.
+
+    Raises:
+        ValueError: the model asks for the size and there is none.
+    """
+    if not bundle.manifest.takes_size:
+        return None
+    if size is None:
+        raise ValueError(f"the template of {bundle.manifest.model} needs the target's size: give width and height")
+    scale = bundle.manifest.crop.template_px / np.array([window.width, window.height])
+    return (np.array([size]) * scale).astype(np.float32)
+
+
 class Runner(Protocol):
     """Runs one bundle's graphs. Not thread-safe: one thread owns a runner."""
 
@@ -62,10 +84,21 @@ class Runner(Protocol):
     helper_cores: frozenset[int]
     """Cores that threads of the runner are bound to; the thread that owns the runner does well to keep off them."""
 
-    def template(self, image: Image, window: Window, fill_bgr: tuple[float, float, float]) -> Features:
-        """Features of the target whose template window is given; ``image`` uint8 ``[H, W, 3]`` BGR.
+    def template(
+        self, image: Image, window: Window, fill_bgr: tuple[float, float, float], size: Size | None = None
+    ) -> Features:
+        """Features of the target whose template window is given.
 
         Where the model has an update graph, it starts the history: all three features are this one.
+
+        Args:
+            image: uint8 ``[H, W, 3]`` BGR.
+            window: the target's template window.
+            fill_bgr: colour of pixels outside the image.
+            size: width and height of the target in image pixels; models that do not ask for it do without.
+
+        Raises:
+            ValueError: the model asks for the size and there is none.
         """
         ...
 

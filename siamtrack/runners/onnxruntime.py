@@ -13,9 +13,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from siamtrack.bundle import FEATURE, SEARCH_OUTPUTS, UPDATE_INPUTS, Bundle, BundleError, GraphSpec
+from siamtrack.bundle import FEATURE, SEARCH_OUTPUTS, SIZE, UPDATE_INPUTS, Bundle, BundleError, GraphSpec
 from siamtrack.crop import Image, Window, crop
-from siamtrack.runners import Features, SearchResult, cpu_precision
+from siamtrack.runners import Features, SearchResult, Size, cpu_precision, size_in_crop
 
 TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
 
@@ -61,9 +61,11 @@ class OnnxRuntimeRunner:
             paths |= bundle.int8_paths
         self._sessions = {name: _open(path, graphs[name], options) for name, path in paths.items()}
 
-    def template(self, image: Image, window: Window, fill_bgr: tuple[float, float, float]) -> Features:
+    def template(
+        self, image: Image, window: Window, fill_bgr: tuple[float, float, float], size: Size | None = None
+    ) -> Features:
         """See `siamtrack.runners.Runner.template`."""
-        tensors = self._template(image, window, fill_bgr)
+        tensors = self._template(image, window, fill_bgr, size)
         if "update" not in self.bundle.manifest.graphs:
             return Features(tuple(tensors[name] for name in self.bundle.manifest.template_tensors), fill_bgr)
         feature = tensors[FEATURE]
@@ -102,10 +104,11 @@ class OnnxRuntimeRunner:
         return SearchResult(box, score, penalty, response)
 
     def _template(
-        self, image: Image, window: Window, fill_bgr: tuple[float, float, float]
+        self, image: Image, window: Window, fill_bgr: tuple[float, float, float], size: Size | None = None
     ) -> dict[str, NDArray[np.float32]]:
-        crops = crop(image, window, self.bundle.manifest.crop.template_px, fill_bgr)[None]
-        return self._run("template", {"image": crops})
+        feeds = {"image": crop(image, window, self.bundle.manifest.crop.template_px, fill_bgr)[None]}
+        in_crop = size_in_crop(self.bundle, window, size)
+        return self._run("template", feeds if in_crop is None else {**feeds, SIZE: in_crop})
 
     def _fuse(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from siamtrack.bundle import FEATURE, SEARCH_OUTPUTS, UPDATE_INPUTS, Bundle, BundleError, TensorSpec
+from siamtrack.bundle import FEATURE, SEARCH_OUTPUTS, SIZE, UPDATE_INPUTS, Bundle, BundleError, TensorSpec
 
 
 class Engine(Protocol):
@@ -62,7 +62,7 @@ def check_engines(bundle: Bundle, engines: Mapping[str, Engine]) -> None:
             if have != {name: shape for name, shape in want.items() if side == "outputs" or name in have}:
                 raise BundleError(f"{bundle.path}: {graph} engine: {side} are {actual}, the manifest says {wanted}")
     kinds: dict[str, str] = {**dict.fromkeys(SEARCH_OUTPUTS, "float32"), "prev_size": "float32", "tuning": "float32"}
-    kinds["image"] = "uint8"
+    kinds |= {"image": "uint8", SIZE: "float32"}
     makers = (engines["template"], *([engines["update"]] if "update" in engines else []))
     kinds |= {spec.name: spec.dtype for maker in makers for spec in maker.outputs}
     if "update" in engines:

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from siamtrack.bundle import SEARCH_OUTPUTS, Bundle
+from siamtrack.bundle import SEARCH_OUTPUTS, SIZE, Bundle
 from siamtrack.crop import Image, Window
-from siamtrack.runners import Features, SearchResult
+from siamtrack.runners import Features, SearchResult, Size, size_in_crop
 from siamtrack.runners.cuda.device import CudaError, Device
 from siamtrack.runners.cuda.engine import Engine, check_engines
 from siamtrack.runners.cuda.kernels import KERNELS, THREADS, Kernels
@@ -86,10 +86,15 @@ class CudaRunner:
             raise
         _open_runners.add(self)
 
-    def template(self, image: Image, window: Window, fill_bgr: tuple[float, float, float]) -> Features:
+    def template(
+        self, image: Image, window: Window, fill_bgr: tuple[float, float, float], size: Size | None = None
+    ) -> Features:
         """See `siamtrack.runners.Runner.template`."""
         self._enter()
+        in_crop = size_in_crop(self.bundle, window, size)
         upload = self._stage_template(image, window, fill_bgr)
+        if in_crop is not None:
+            self._staging.field(SIZE, 1)[:] = in_crop
         self._running = True
         target = self._maker.make(upload)
         self._wait()
@@ -207,7 +212,8 @@ class CudaRunner:
         check_engines(self.bundle, self._engines)
         kernels = Kernels(self.device, check="update" in self._engines)
         # The flag is set on the GPU alone, and cleared by every upload: on the host it is 0 for ever.
-        numbers = [("prev_size", np.float32, (2,)), ("tuning", np.float32, (3,)), ("flag", np.int32, ())]
+        numbers: list[tuple[str, Any, tuple[int, ...]]] = [(SIZE, np.float32, (2,)), ("prev_size", np.float32, (2,))]
+        numbers += [("tuning", np.float32, (3,)), ("flag", np.int32, ())]
         # Windows up to twice the crop's side are sent whole: for them this never grows.
         crop = self.bundle.manifest.crop
         pixels = self.max_batch * (2 * max(crop.template_px, crop.search_px)) ** 2 * 3
@@ -222,7 +228,7 @@ class CudaRunner:
         """Run what is slow the first time: engines choose kernels, frames are captured."""
         t, s = self.bundle.manifest.crop.template_px, self.bundle.manifest.crop.search_px
         image, black = np.zeros((s, s, 3), np.uint8), (0.0, 0.0, 0.0)
-        features = self.template(image, Window(0, 0, t, t), black)
+        features = self.template(image, Window(0, 0, t, t), black, (t / 2, t / 2))
         for count in sorted({min(count, self.max_batch) for count in ready_for}):
             size = np.full((count, 2), t / 2, np.float32)
             for _ in range(2):  # the first is captured, the second is a replay
@@ -305,6 +311,7 @@ class CudaRunner:
 
     def _forget_addresses(self) -> None:
         if self._frame is not None:
+            self._maker.forget()
             self._frame.forget()
 
     def _capture(self, frame: SearchFrame, count: int) -> None:

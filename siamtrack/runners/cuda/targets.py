@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from siamtrack.bundle import FEATURE, UPDATE_INPUTS, Bundle
+from siamtrack.bundle import FEATURE, SIZE, UPDATE_INPUTS, Bundle
 from siamtrack.runners.cuda.device import Device
 from siamtrack.runners.cuda.engine import Engine, item_shape
 from siamtrack.runners.cuda.kernels import Kernels
@@ -83,9 +83,14 @@ class TargetMaker:
         """Whether all values of the target renewed last are finite numbers, after the wait."""
         return not self._host_flag.view(np.int32)[0]
 
+    def forget(self) -> None:
+        """Drop bindings: they have addresses of buffers that move or go."""
+        self._work.clear()
+
     def _run_template(self, upload: int) -> None:
         if "template" not in self._work:
-            self._work["template"] = self._engines["template"].bind(1, {"image": self._image, **self._made})
+            places = {"image": self._image, SIZE: self._staging.addresses[SIZE], **self._made}
+            self._work["template"] = self._engines["template"].bind(1, places)
         self._device.upload(self._staging.address, self._staging.host, upload)
         self._kernels.crop(self._staging.address, self._image, self._size_px, 1)
         self._work["template"]()
