@@ -285,7 +285,14 @@ class ScriptedRunner:
         self.renewed.append(window)
         return dataclasses.replace(features, tensors=(*features.tensors, window))
 
-    def template(self, image: np.ndarray, window: Window, fill_bgr: tuple[float, float, float]) -> Features:
+    def template(
+        self,
+        image: np.ndarray,
+        window: Window,
+        fill_bgr: tuple[float, float, float],
+        size: tuple[float, float] | None = None,
+    ) -> Features:
+        self.size = size
         return Features((window,), fill_bgr)
 
     def search(
@@ -530,6 +537,14 @@ def test_tracking_parameters_come_from_the_manifest_unless_given() -> None:
     assert SiamTracker(runner).tracking is runner.bundle.manifest.tracking
     given = TrackingSpec(lost_windows=7)
     assert SiamTracker(runner, given).tracking is given
+
+
+def test_the_runner_is_told_how_large_the_target_is() -> None:
+    tracker = scripted()
+    tracker.init(np.zeros((100, 200, 3), np.uint8), (20, 30, 24, 40))
+    assert tracker.runner.size == (24.0, 40.0)  # type: ignore[attr-defined]
+    tracker.init(np.zeros((100, 200, 3), np.uint8), (180, 30, 40, 50))
+    assert tracker.runner.size == (20.0, 50.0)  # type: ignore[attr-defined]  # what is inside the image
 
 
 def test_close_closes_the_runner() -> None:
