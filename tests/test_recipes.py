@@ -55,7 +55,7 @@ def test_learning_rate_without_warm_up_starts_at_its_peak() -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_load_and_come_back(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.model == path.stem.removesuffix("-head")
+    assert recipe.model == re.sub("-(head|distil)$", "", path.stem)
     assert recipe_from_dict(to_plain(recipe)) == recipe  # as checkpoints store it
     assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(to_plain(recipe)))) == recipe
     assert load_recipe(path, {"epochs": 3}).epochs == 3
@@ -246,6 +246,25 @@ def test_recipe_file_errors(tmp_path: Path) -> None:
     file.write_text("model: siamcan-r50\nlr: 1\n")
     with pytest.raises(ValueError, match=r"r\.yaml: unknown field lr"):
         load_recipe(file)
+
+
+def test_a_recipe_starts_from_another(tmp_path: Path) -> None:
+    for name, text in {
+        "a": "model: siamcan-r50\nseed: 7\nepochs: 3\noptim: {lr: 0.1, clip: 5}\ndata: {videos: [v], coco: {j: i}}",
+        "b": "base: a.yaml\nepochs: 4\noptim: {lr: 0.2}\ndata: {videos: [w]}",
+        "c": "base: b.yaml\noptim: {ema: 0.5}",
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "c.yaml", {"seed": 9})
+    assert (recipe.model, recipe.seed, recipe.epochs) == ("siamcan-r50", 9, 4)
+    assert (recipe.optim.lr, recipe.optim.clip, recipe.optim.ema) == (0.2, 5, 0.5)
+    assert (recipe.data.videos, recipe.data.coco) == (("w",), {"j": "i"})  # lists are not put together
+    (tmp_path / "a.yaml").write_text("base: c.yaml\nmodel: siamcan-r50")
+    with pytest.raises(ValueError, match=r"recipes that start from each other: c\.yaml, b\.yaml, a\.yaml"):
+        load_recipe(tmp_path / "c.yaml")
+    with pytest.raises(FileNotFoundError):
+        (tmp_path / "d.yaml").write_text("base: e.yaml")
+        load_recipe(tmp_path / "d.yaml")
 
 
 def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:

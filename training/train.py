@@ -207,12 +207,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shards", default="", help="shards of the recipe's data, below --data, to train on instead")
     parser.add_argument("--seed", type=int, help="replace the recipe's seed")
     parser.add_argument("--epochs", type=int, help="replace the recipe's epochs")
+    parser.add_argument("--weights", help="replace the checkpoint that the recipe starts from")
     parser.add_argument(
         "--checkpoint-steps", type=int, default=0, metavar="N", help="write last.ckpt after every N steps too"
     )
     parser.add_argument("--fresh", action="store_true", help="start over, and delete what the run has written")
     options = parser.parse_args(arguments)
-    overrides = {k: v for k in ("seed", "epochs") if (v := getattr(options, k)) is not None}
+    overrides = {k: v for k in ("seed", "epochs", "weights") if (v := getattr(options, k)) is not None}
     out = options.out or Path("runs") / options.recipe.stem
     try:
         recipe = load_recipe(options.recipe, overrides, options.shards)
