@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import re
 import sys
 import tempfile
@@ -157,13 +158,13 @@ def export_random(model: str, scratch: Path) -> Bundle:
 
 
 def network(bundle: Bundle) -> Any:
-    """The network of a bundle of `export_random`, with the random weights that it was exported with."""
+    """The network of a bundle, with the weights of `export_random`: those that a bundle of it was exported with."""
     import torch
 
-    from siamtrack.nets import MODELS as NETS
+    from siamtrack.nets.build import build_model
 
     torch.manual_seed(0)
-    return NETS[bundle.manifest.model]()
+    return build_model(bundle.manifest.model, json.loads(bundle.manifest.provenance.get("model_config", "{}")))
 
 
 def camera(size: tuple[int, int], count: int = IMAGES, seed: int = 0) -> list[Image]:

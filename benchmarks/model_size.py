@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import command, markdown_table, write_csv
 from siamtrack.nets import MODELS
-from siamtrack.nets.decode import is_adaptive
+from siamtrack.nets.decode import is_adaptive, takes_size
 
 DEFAULT_OUT = Path("benchmarks/results")
 DEFAULT_PAGE = Path("docs/model_size.md")
@@ -67,7 +67,8 @@ def measure(name: str, build: Callable[[], Any] | None = None) -> Size:
     """
     with torch.device("meta"), torch.no_grad():
         net = cast(Any, build or MODELS[name])().eval()
-        template, template_gmac = _count(net.template, _image(net.template_size))
+        size = [torch.full((1, 2), net.template_size / 2)] if takes_size(net) else []
+        template, template_gmac = _count(net.template, _image(net.template_size), *size)
         update_gmac = float("nan")
         if is_adaptive(net):
             template, update_gmac = _count(net.update, *[template[0]] * 3)

@@ -66,6 +66,9 @@ def load_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
             provenance[key] = str(recipe[key])
     if recipe.get("model_config"):
         provenance["model_config"] = json.dumps(recipe["model_config"], sort_keys=True)
+    distil = _mapping(recipe.get("distil"))
+    if distil.get("teachers"):
+        provenance["distilled"] = f"from {len(distil['teachers'])} networks, share {distil['share']}"
     if "averaged" in content:  # by `training.average`: SHA-256 and share of each
         provenance["averaged"] = str(content["averaged"])
     source = _mapping(content.get("source"))  # of imported weights

@@ -332,6 +332,7 @@ def _check_contract(path: Path, manifest: Manifest) -> None:
         feature = [(o.dtype, o.shape) for o in template.outputs[:1]]
         wanted = [(name, *kind) for name in UPDATE_INPUTS for kind in feature]
         checks += [
+            ("template inputs before an update graph", _names(template.inputs), ("image",)),
             ("template outputs before an update graph", tensors, (FEATURE,)),
             ("update inputs", [(i.name, i.dtype, i.shape) for i in update.inputs], wanted),
             ("first update output", [(o.dtype, o.shape) for o in update.outputs[:1]], feature),

@@ -105,3 +105,35 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a mapping of fields, got {type(content).__name__}")
     return content
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`: mappings are merged, at any depth; everything else is replaced."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The fields of a YAML file, and of the one that its `base` names, where it has not got them itself.
+
+    Args:
+        path: `base` is relative to its folder.
+        above: files that started from this one.
+
+    Raises:
+        OSError, ImportError: as `read_yaml`.
+        ValueError: as `read_yaml`; there is no such base; or files start from each other.
+    """
+    path = path.resolve()
+    if path in above:
+        raise ValueError(f"{path}: recipes that start from each other: {', '.join(file.name for file in above)}")
+    content = read_yaml(path)
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if not (path.parent / str(base)).is_file():
+        raise ValueError(f"{path}: there is no recipe {base} to start from; correct `base`")
+    return merged(read_recipe(path.parent / str(base), (*above, path)), content)

@@ -20,9 +20,10 @@ from benchmarks.ablations import report, runs, tables
 from benchmarks.ablations.__main__ import main
 from benchmarks.ablations.report import csv_rows, put_section, section, spread, verdict
 from benchmarks.ablations.runs import Result, finished, plan, read_clips
-from benchmarks.ablations.tables import Table, fingerprint, merged, read_table
+from benchmarks.ablations.tables import Table, fingerprint, read_table
 from benchmarks.accuracy import HARDEST
 from siamtrack.nets.build import build_model
+from siamtrack.plain import merged
 from tests.sequence_files import write_otb, write_video
 from training.objectives import check_fit
 from training.recipe import load_recipe, recipe_from_dict

@@ -45,9 +45,9 @@ def crops(count: int = 2) -> dict[str, Tensor]:
     return {"template": torch.rand(count, 3, 127, 127) * 2 - 1, "search": torch.rand(count, 3, 209, 209) * 2 - 1}
 
 
-def with_trunk_of(net: nn.Module, trunk: nn.Module) -> nn.Module:
-    """The network with the four first stages of another one's backbone."""
-    for mine, other in zip(net.backbone.trainable_stages()[:4], trunk.backbone.trainable_stages(), strict=False):  # type: ignore[operator, union-attr]
+def with_trunk_of(net: nn.Module, trunk: nn.Module, stages: int = 4) -> nn.Module:
+    """The network with the first stages of another one's backbone."""
+    for mine, other in zip(net.backbone.trainable_stages()[:stages], trunk.backbone.trainable_stages(), strict=False):  # type: ignore[operator, union-attr]
         mine.load_state_dict(other.state_dict())
     return net
 
@@ -63,11 +63,13 @@ def freeze(net: nn.Module, stages: int) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize(("frozen", "shared"), [(4, 4), (6, 4), (2, 2), (0, 0)])
-def test_teachers_answer_with_their_mean_whatever_they_share(tmp_path: Path, frozen: int, shared: int) -> None:
-    """The last two stages are each teacher's own, and what the student trains is computed by each of them."""
+@pytest.mark.parametrize(("frozen", "same", "shared"), [(4, 4, 4), (6, 6, 4), (2, 4, 2), (6, 3, 3), (0, 4, 0)])
+def test_teachers_answer_with_their_mean_whatever_they_share(
+    tmp_path: Path, frozen: int, same: int, shared: int
+) -> None:
+    """What the student trains is computed by each of them, and what comes after the stage that is looked at twice."""
     student = freeze(last_channels(network(0)), frozen)
-    nets = [with_trunk_of(network(seed), student) for seed in (1, 2, 3)]
+    nets = [with_trunk_of(network(seed), student, same) for seed in (1, 2, 3)]
     teachers = Teachers([save(net, tmp_path / f"{i}.ckpt") for i, net in enumerate(nets)], student)
     assert len(teachers.trunk) == shared
     batch = crops()
@@ -78,6 +80,22 @@ def test_teachers_answer_with_their_mean_whatever_they_share(tmp_path: Path, fro
         alone = torch.stack([getattr(answer, name) for answer in answers])
         assert alone.std(dim=0).max() > 1e-4, "teachers that agree show nothing"
         torch.testing.assert_close(getattr(said, name), alone.mean(dim=0), rtol=1e-4, atol=1e-4)
+
+
+def test_teachers_are_told_the_size_if_they_ask(tmp_path: Path) -> None:
+    nets = [network(1), network(2, takes_size=True)]
+    configs: list[dict[str, Any]] = [{}, {"model_config": {"takes_size": True}}]
+    paths = [save(net, tmp_path / f"{i}.ckpt", **configs[i]) for i, net in enumerate(nets)]
+    teachers, batch = Teachers(paths, network(0, takes_size=True)), crops()
+    sizes = torch.tensor([[60.0, 60], [60, 60]]), torch.tensor([[90.0, 40], [40, 90]])
+    with torch.no_grad():
+        alone = [
+            candidates(nets[0], nets[0](**batch)).boxes,
+            candidates(nets[1], nets[1](**batch, size=sizes[1])).boxes,
+        ]
+    said = [teachers(batch, size).boxes for size in sizes]
+    torch.testing.assert_close(said[1], torch.stack(alone).mean(dim=0), rtol=1e-2, atol=0.1)
+    assert (said[0] - said[1]).abs().max() > 1
 
 
 def test_a_stage_that_one_teacher_has_trained_is_not_shared(tmp_path: Path) -> None:
@@ -121,7 +139,7 @@ def test_a_student_that_says_the_same_has_nothing_to_learn() -> None:
 
 
 def test_boxes_count_by_the_teachers_score() -> None:
-    """Two of DIoU loss 1 - 1/2 and 1 - 1/3 + (2.5 / |(15, 10)|)^2: by hand, half of the one and all of the other."""
+    """Two of DIoU loss 1 - 1/2 and 1 - 1/3 + (5 / |(15, 10)|)^2: by hand, half of the one and all of the other."""
     boxes = torch.tensor([[[5.0, 5, 10, 10], [5, 5, 10, 10], [5, 5, 10, 10]]])
     ours = torch.tensor([[[5.0, 5, 10, 5], [10, 5, 10, 10], [400, 5, 10, 10]]])
     scores = torch.tensor([[0.5, 1.0, 0.0]])

@@ -262,8 +262,8 @@ def test_a_recipe_starts_from_another(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: c.yaml\nmodel: siamcan-r50")
     with pytest.raises(ValueError, match=r"recipes that start from each other: c\.yaml, b\.yaml, a\.yaml"):
         load_recipe(tmp_path / "c.yaml")
-    with pytest.raises(FileNotFoundError):
-        (tmp_path / "d.yaml").write_text("base: e.yaml")
+    (tmp_path / "d.yaml").write_text("base: e.yaml")
+    with pytest.raises(ValueError, match=r"d\.yaml: there is no recipe e\.yaml to start from"):
         load_recipe(tmp_path / "d.yaml")
 
 

@@ -21,11 +21,12 @@ from training.losses import diou_loss, soft_focal_loss
 class Teachers:
     """Trained networks with the same candidates as the student; no part of its module, so in none of its checkpoints.
 
-    The first stages of a backbone, which no run of a recipe has trained, are computed once for all of them.
+    The first stages of a backbone, which no run of a recipe has trained, are computed once for all of them, where the
+    backbone says that they can be run alone (`siamtrack.nets.backbones.MobileNetV2`).
 
     Args:
         paths: checkpoints that `model_export.checkpoint.load_checkpoint` reads.
-        student: the network that will learn from them, on its device and with frozen stages marked as such.
+        student: the network that will learn from them, not on a GPU yet, its frozen stages marked as such.
 
     Raises:
         ValueError: a checkpoint cannot be read, its network has other crops or candidates than the student, or the
@@ -41,6 +42,10 @@ class Teachers:
                 raise ValueError(f"teacher {path} does not fit: it has {_shape(net)}, the student {_shape(student)}")
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.trunk = nn.Sequential(*_take_shared_stages([student, *self.nets]))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teachers:
+        """Themselves: the average of a student's weights needs no teachers of its own."""
+        return self
 
     def to(self, device: torch.device) -> None:
         """Move them to where the batches are."""
@@ -87,22 +92,23 @@ def distil_terms(student: Candidates, teachers: Candidates) -> dict[str, Tensor]
 def _take_shared_stages(nets: Sequence[nn.Module]) -> list[nn.Module]:
     """The first stages of the student's backbone that are frozen, and the same in all teachers; cut out of these."""
     student, *teachers = [cast(Any, net).backbone for net in nets]
-    shared = []
+    names = {module: name for name, module in student.named_modules()}
+    shared: list[nn.Module] = []
     for stages in zip(*(backbone.trainable_stages() for backbone in (student, *teachers)), strict=False):
-        name = next((name for name, module in student.named_modules() if module is stages[0]), "")
         frozen = not any(parameter.requires_grad for parameter in stages[0].parameters())
-        # A stage without a name of its own is put together from modules, and cannot be run or cut out alone.
-        if not (name and frozen and all(_same(stages[0], stage) for stage in stages[1:])):
+        within = len(shared) < getattr(student, "in_a_row", 0)
+        if not (within and frozen and all(_same(stages[0], stage) for stage in stages[1:])):
             break
         shared.append(stages[0])
         for backbone in teachers:
-            backbone.set_submodule(name, nn.Identity())
+            backbone.set_submodule(names[stages[0]], nn.Identity())
     return shared
 
 
 def _same(a: nn.Module, b: nn.Module) -> bool:
+    """Equal but for rounding: a moving average of weights that never move drifts in the last digits."""
     ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=0) for n in ours)
 
 
 def _shape(net: nn.Module) -> str:

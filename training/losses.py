@@ -163,8 +163,9 @@ def soft_focal_loss(scores: Tensor, labels: Tensor, gamma: float = 2.0) -> Tenso
         labels: y in [0, 1] ``[N, M]``; takes no gradient.
         gamma: how strongly cells that agree are discounted.
     """
-    labels = labels.detach()
-    losses = functional.binary_cross_entropy(scores.clamp(1e-6, 1 - 1e-6), labels, reduction="none")
+    labels, sure = labels.detach(), scores.clamp(1e-6, 1 - 1e-6)
+    # Written out: PyTorch's own cannot be used with probabilities where a GPU computes in mixed precision.
+    losses = -(labels * torch.log(sure) + (1 - labels) * torch.log1p(-sure))
     return ((labels - scores).abs() ** gamma * losses).sum() / labels.sum().clamp(min=1)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from siamtrack.nets import MODELS
 from siamtrack.nets.build import check_model_config
 from siamtrack.nets.decode import AnchorBased
-from siamtrack.plain import from_plain, read_yaml
+from siamtrack.plain import from_plain, read_recipe
 from training.checks import not_negative, one_of
 from training.dataset import LabelConfig
 from training.layouts import LAYOUTS
@@ -236,29 +236,10 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None, shards: 
         OSError: the file cannot be read.
         ValueError: not YAML, unknown or missing fields, values that cannot be, or recipes that are bases of each other.
     """
-    recipe = recipe_from_dict({**_with_base(path), **(overrides or {})}, str(path))
+    recipe = recipe_from_dict({**read_recipe(path), **(overrides or {})}, str(path))
     return replace(recipe, data=replace(recipe.data, shards=shards)) if shards else recipe
 
 
 def recipe_from_dict(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A recipe from plain values, such as those of `siamtrack.plain.to_plain`."""
     return from_plain(Recipe, content, where)
-
-
-def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The fields of a recipe file and of those that it starts from."""
-    if path in above:
-        raise ValueError(f"{path}: recipes that start from each other: {', '.join(file.name for file in above)}")
-    content = dict(read_yaml(path))
-    base = content.pop("base", None)
-    return content if base is None else _merged(_with_base(path.parent / str(base), (*above, path)), content)
-
-
-def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Both mappings; where both have a value, that of `above`, and where it is a mapping in both, these merged."""
-    both = {key: _merged(below[key], value) for key, value in above.items() if _are_mappings(below.get(key), value)}
-    return {**below, **above, **both}
-
-
-def _are_mappings(*values: object) -> bool:
-    return all(isinstance(value, Mapping) for value in values)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from siamtrack.plain import from_plain, read_yaml
+from siamtrack.plain import from_plain, merged, read_recipe, read_yaml
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -99,7 +98,7 @@ class Table:
         Raises:
             OSError: the base recipe cannot be read.
         """
-        base = read_yaml(CHECKOUT / self.recipe)
+        base = read_recipe(CHECKOUT / self.recipe)
         changes = {
             "seed": seed,
             "model_config": row.model_config,
@@ -117,15 +116,6 @@ def read_table(path: Path) -> Table:
         ValueError: unknown or missing fields, or values that cannot be.
     """
     return from_plain(Table, {"name": path.stem, **read_yaml(path)}, str(path))
-
-
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`: mappings are merged, at any depth; everything else is replaced."""
-    result = dict(base)
-    for key, value in changes.items():
-        old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return result
 
 
 def fingerprint(recipe: Recipe) -> str:

@@ -233,6 +233,7 @@ class MobileNetV2(nn.Module):
     # Outputs, blocks, stride and expansion of each stage (Sandler et al. 2018, table 2, up to stride 16). The last
     # stage keeps two of its three blocks: without the third the network is cheaper.
     STAGES = ((16, 1, 1, 1), (24, 2, 2, 6), (32, 3, 2, 6), (64, 4, 2, 6), (96, 2, 1, 6))
+    in_a_row = 4  # leading `trainable_stages` whose output goes nowhere but to the next: up to the stride-8 features
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,9 +253,10 @@ class MobileNetV2(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Stride-8 features (32 channels) and stride-16 features (96) of ``image`` ``[N, 3, H, W]`` (BGR, -1..1)."""
         x = self.stem(image)
-        for stage in self.stages[:3]:
+        early = self.in_a_row - 1
+        for stage in self.stages[:early]:
             x = stage(x)
         stride8 = x
-        for stage in self.stages[3:]:
+        for stage in self.stages[early:]:
             x = stage(x)
         return stride8, x

@@ -174,7 +174,15 @@ class SiamCANEdge(EdgeFeatures):
         Args:
             image: ``[N, 3, 127, 127]``.
             size: ``[N, 2]`` width and height of the target in crop pixels, with `takes_size` alone.
+
+        Raises:
+            ValueError: there is no size with `takes_size`, or one without.
         """
+        if self.takes_size != (size is not None):
+            given = "without the target's size" if size is None else "with the target's size"
+            raise ValueError(
+                f"this network has takes_size={self.takes_size} in its model_config, and was called {given}"
+            )
         z = self.template_features(image)
         if self.attention is not None:
             z = z * self.attention(z)
