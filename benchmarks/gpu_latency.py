@@ -328,7 +328,7 @@ def _floor_rows(bundle: Bundle, options: argparse.Namespace, sizes: Sequence[tup
 
     if bundle.manifest.model not in NETS:
         return []
-    counted = measure(bundle.manifest.model)
+    counted = measure(bundle.manifest.model, partial(network, bundle))
     rows = []
     for precision in options.precisions:
         rates = measure_rates(half=precision != "fp32")  # INT8 against the FP16 rate: its floor may lie lower

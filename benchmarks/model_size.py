@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +20,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import command, markdown_table, write_csv
+from siamtrack.bundle import DEFAULT_MODEL
 from siamtrack.nets import MODELS
+from siamtrack.nets.build import build_model
 from siamtrack.nets.decode import is_adaptive, takes_size
 
+NETWORKS: dict[str, Callable[[], Any]] = {
+    **MODELS,
+    f"{DEFAULT_MODEL}, told the size (shipped)": partial(build_model, DEFAULT_MODEL, {"takes_size": True}),
+}
 DEFAULT_OUT = Path("benchmarks/results")
 DEFAULT_PAGE = Path("docs/model_size.md")
 PAGE = """# How large the networks are
@@ -63,10 +70,10 @@ def measure(name: str, build: Callable[[], Any] | None = None) -> Size:
 
     Args:
         name: as the result calls it.
-        build: makes the network; by default `MODELS` of that name.
+        build: makes the network; by default `NETWORKS` of that name.
     """
     with torch.device("meta"), torch.no_grad():
-        net = cast(Any, build or MODELS[name])().eval()
+        net = cast(Any, build or NETWORKS[name])().eval()
         size = [torch.full((1, 2), net.template_size / 2)] if takes_size(net) else []
         template, template_gmac = _count(net.template, _image(net.template_size), *size)
         update_gmac = float("nan")
@@ -102,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--page", type=Path, default=DEFAULT_PAGE)
     options = parser.parse_args(arguments)
-    sizes = [measure(name) for name in MODELS]
+    sizes = [measure(name) for name in NETWORKS]
     write_csv(
         options.out / "model_size.csv", [vars(size) for size in sizes], command("benchmarks.model_size", arguments)
     )

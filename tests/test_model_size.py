@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.model_size import PAGE, Size, measure, table
+from benchmarks.model_size import NETWORKS, PAGE, Size, measure, table
 from siamtrack.nets import MODELS
 
 # Parameters in millions, GMAC of template, update and search graph; None where nothing is published to compare with.
@@ -62,5 +62,5 @@ def test_only_adaptive_networks_have_an_update() -> None:
 
 def test_page_is_up_to_date() -> None:
     page = Path(__file__).resolve().parent.parent / "docs" / "model_size.md"
-    wanted = PAGE + table([size_of(name) for name in MODELS]) + "\n"
+    wanted = PAGE + table([size_of(name) for name in NETWORKS]) + "\n"
     assert page.read_text(encoding="utf-8") == wanted, "run: python -m benchmarks.model_size"
