@@ -4,7 +4,6 @@ PYTHON ?= python3
 DATA ?= ../shared/data
 
 MODEL := siamcan-mobilenetv2
-RECIPE := training/recipes/$(MODEL)
 VENV := .venv
 BENCH_VENV := .venv-bench
 ROS_VENV := .venv-ros
@@ -54,13 +53,10 @@ lint: $(VENV)/.dev  ## ruff (rules and format) and mypy
 	$(VENV)/bin/mypy
 
 train-default: $(VENV)/.dev  ## train the shipped model on DATA, export and calibrate it, put it into the package
-	set -e; for seed in 1 2 3; do run=runs/$(MODEL)-$$seed; head=runs/$(MODEL)-head-$$seed; \
-		$(VENV)/bin/python -m training.train $(RECIPE).yaml --data $(DATA) --seed $$seed --out $$run; \
-		$(VENV)/bin/python -m training.average $$run/frozen.ckpt $$run/last.ckpt --out $$run/mean.ckpt; \
-		$(VENV)/bin/python -m training.train $(RECIPE)-head.yaml --data $(DATA) --seed $$seed --weights $$run/mean.ckpt --out $$head; \
-	done
-	$(VENV)/bin/python -m training.train $(RECIPE)-distil.yaml --data $(DATA)
-	$(VENV)/bin/siamtrack-export onnx --checkpoint runs/$(MODEL)-distil/last.ckpt --out build/$(MODEL) \
+	$(VENV)/bin/python -m training.train training/recipes/$(MODEL).yaml --data $(DATA)
+	$(VENV)/bin/python -m training.average runs/$(MODEL)/frozen.ckpt runs/$(MODEL)/last.ckpt --out runs/$(MODEL)/mean.ckpt
+	$(VENV)/bin/python -m training.train training/recipes/$(MODEL)-head.yaml --data $(DATA)
+	$(VENV)/bin/siamtrack-export onnx --checkpoint runs/$(MODEL)-head/last.ckpt --out build/$(MODEL) \
 		--licence LicenseRef-research-only --images $(DATA)/train/photos \
 		--note 'command=make train-default' --note 'data=see README.md beside this file'
 	$(VENV)/bin/python -m evaluation.calibrate build/$(MODEL) --sequences $(DATA)/train/videos --write

@@ -27,7 +27,7 @@ from siamtrack.nets.decode import is_adaptive, takes_size
 
 NETWORKS: dict[str, Callable[[], Any]] = {
     **MODELS,
-    f"{DEFAULT_MODEL}, told the size (shipped)": partial(build_model, DEFAULT_MODEL, {"takes_size": True}),
+    f"{DEFAULT_MODEL}, told the size": partial(build_model, DEFAULT_MODEL, {"takes_size": True}),
 }
 DEFAULT_OUT = Path("benchmarks/results")
 DEFAULT_PAGE = Path("docs/model_size.md")

@@ -30,7 +30,9 @@ from siamtrack.nets.correlation import depthwise_grouped
 from siamtrack.nets.decode import normalise
 from siamtrack.nets.edge import covered_cells
 from siamtrack.nets.siamcan import SiamCAN, SiamCANEdge, SiamCANEdgeConfig
+from siamtrack.runners.cuda.runner import CudaRunner
 from siamtrack.runners.onnxruntime import OnnxRuntimeRunner
+from tests.host_cuda import HostDevice, onnx_engines
 
 Exported = tuple[Any, Bundle]
 
@@ -285,6 +287,36 @@ def test_a_model_that_asks_for_the_size_gets_it_in_crop_pixels(sized: Exported) 
     with torch.no_grad():
         wanted = net.shape(covered_cells(torch.tensor([[50.0, 60.0]]), 7))
     np.testing.assert_allclose(bias[0, :, 0, 0], wanted[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_gpu_runner_tells_the_template_the_size(sized: Exported) -> None:
+    """On a device of host memory: as ONNX Runtime does, and also after an upload that has outgrown its buffer."""
+    _, bundle = sized
+    device = HostDevice()
+    rng = np.random.default_rng(0)
+    image, large = (rng.integers(0, 256, (*side, 3)).astype(np.uint8) for side in ((240, 320), (2160, 3840)))
+    side = bundle.manifest.crop.search_px  # windows of the crops' own sides: both runners copy them exactly
+    windows, prev_size = [Window(40, 10, side, side)], np.array([[60, 40]], np.float32)
+
+    def response(runner: Any, size: tuple[float, float]) -> Any:
+        features = runner.template(image, Window(80, 50, 127, 127), (1.0, 2.0, 3.0), size)
+        return runner.search(image, windows, [features], prev_size, (0.06, 0.3, 0.0)).response
+
+    sizes = ((60.0, 40.0), (40.0, 90.0))
+    with OnnxRuntimeRunner(bundle, threads=1) as reference:
+        wanted = [response(reference, size) for size in sizes]
+    assert np.abs(wanted[0] - wanted[1]).max() > 1e-3
+    with CudaRunner(bundle, device, onnx_engines(bundle, device), max_batch=1) as runner:
+        with pytest.raises(ValueError, match="needs the target's size"):
+            runner.template(image, Window(80, 50, 127, 127), (1.0, 2.0, 3.0))
+        for size, answer in zip(sizes, wanted, strict=True):
+            np.testing.assert_array_equal(response(runner, size), answer)
+        features = runner.template(image, Window(80, 50, 127, 127), (1.0, 2.0, 3.0), sizes[0])
+        device.take_calls()
+        runner.search(large, [Window(0, -800, 3840, 3840)], [features], prev_size, (0.06, 0.3, 0.0))
+        assert "free" in device.take_calls()
+        for size, answer in zip(sizes, wanted, strict=True):
+            np.testing.assert_array_equal(response(runner, size), answer)
 
 
 @pytest.fixture

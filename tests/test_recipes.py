@@ -55,7 +55,7 @@ def test_learning_rate_without_warm_up_starts_at_its_peak() -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_load_and_come_back(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.model == re.sub("-(head|distil)$", "", path.stem)
+    assert recipe.model == re.sub("-(head|size|distil)$", "", path.stem)
     assert recipe_from_dict(to_plain(recipe)) == recipe  # as checkpoints store it
     assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(to_plain(recipe)))) == recipe
     assert load_recipe(path, {"epochs": 3}).epochs == 3
