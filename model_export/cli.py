@@ -108,9 +108,9 @@ def _calibration_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _onnx(options: argparse.Namespace) -> int:
-    from model_export.checkpoint import load_checkpoint
     from model_export.onnx_export import export_bundle
     from model_export.verify import compare_with_onnxruntime, random_pairs, real_pairs
+    from siamtrack.nets.checkpoint import load_checkpoint
 
     notes = {}
     for note in options.note:

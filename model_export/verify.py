@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model_export.checkpoint import load_checkpoint
 from model_export.compare import Clip, Comparison, Pair, SubstituteRunner, compare, literal_runner
 from model_export.convert import CALIBRATION_CROPS, convert_bundle
 from model_export.crops import random_pairs, real_pairs
 from siamtrack.bundle import SEARCH_OUTPUTS, SIZE, UPDATE_INPUTS, Bundle, BundleError
 from siamtrack.crop import Image
+from siamtrack.nets.checkpoint import load_checkpoint
 from siamtrack.nets.decode import (
     SearchGraph,
     SiameseNet,
@@ -190,7 +190,7 @@ def compare_runtimes(
         clip: likewise.
         precisions: of `siamtrack.bundle.PRECISIONS`.
         runtime: TensorRT flavour, or "auto".
-        checkpoint: of `model_export.checkpoint.load_checkpoint`; None leaves PyTorch out.
+        checkpoint: of `siamtrack.nets.checkpoint.load_checkpoint`; None leaves PyTorch out.
         model: likewise.
         images: folder of photos to calibrate INT8 on; None for the rendered scene.
         calibration_crops: number of crops to calibrate INT8 on.

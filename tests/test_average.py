@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from model_export.checkpoint import load_checkpoint
 from siamtrack.bundle import sha256
 from siamtrack.nets import MODELS
+from siamtrack.nets.checkpoint import load_checkpoint
 from siamtrack.plain import to_plain
 from training.average import average, main
 from training.recipe import Recipe

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from model_export import cli, verify
-from model_export.checkpoint import load_checkpoint
 from model_export.onnx_export import export_bundle
 from model_export.verify import Difference, compare_with_onnxruntime, random_pairs, real_pairs
 from siamtrack.bundle import SCHEMA_VERSION, Bundle, BundleError, TrackingSpec, load_bundle, sha256
 from siamtrack.crop import Window
+from siamtrack.nets.checkpoint import load_checkpoint
 from siamtrack.nets.correlation import depthwise_grouped
 from siamtrack.nets.decode import normalise
 from siamtrack.nets.edge import covered_cells

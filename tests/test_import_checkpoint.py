@@ -25,12 +25,12 @@ from golden_weights import draw, image, uniform
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model_export.checkpoint import load_checkpoint
 from model_export.cli import main as export_main
 from siamtrack import cli, load_bundle
 from siamtrack.bundle import sha256
 from siamtrack.nets import MODELS
 from siamtrack.nets.backbones import MobileNetV2, ResNet50Dilated
+from siamtrack.nets.checkpoint import load_checkpoint
 from siamtrack.nets.importing import PublicWeights, fill_model, import_checkpoint, read_weights
 from siamtrack.nets.layers import PyramidFeatures
 from siamtrack.nets.layouts import LAYOUTS, logit_difference, transposed

@@ -28,9 +28,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from model_export.checkpoint import load_checkpoint
 from model_export.onnx_export import export_bundle
 from model_export.verify import compare_with_onnxruntime, random_pairs
+from siamtrack.nets.checkpoint import load_checkpoint
 from siamtrack.plain import to_plain
 from training.loading import PairDataModule
 from training.module import SiameseModule

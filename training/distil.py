@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from model_export.checkpoint import load_checkpoint
+from siamtrack.nets.checkpoint import load_checkpoint
 from siamtrack.nets.decode import Candidates, Decoder, is_adaptive, takes_size
 from training.losses import diou_loss, soft_focal_loss
 
@@ -25,7 +25,7 @@ class Teachers:
     backbone says that they can be run alone (`siamtrack.nets.backbones.MobileNetV2`).
 
     Args:
-        paths: checkpoints that `model_export.checkpoint.load_checkpoint` reads.
+        paths: checkpoints that `siamtrack.nets.checkpoint.load_checkpoint` reads.
         student: the network that will learn from them, not on a GPU yet, its frozen stages marked as such.
 
     Raises:
