@@ -11,6 +11,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=seeded(seed))
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def count(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
 class PooledBackbone(nn.Module):
     """ResNet-50's place in a network: three levels whose cell k is centred on pixel 7 + 8 k, almost for nothing."""
 

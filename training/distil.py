@@ -115,9 +115,9 @@ def _shape(net: nn.Module) -> str:
     """What must be the same of teacher and student, for people to read."""
     any_net, decoder = cast(Any, net), cast(Any, net.decoder)
     values = any_net.normalisation
-    candidates = f"{getattr(decoder, 'anchors', 0)} x {decoder.grid.size} x {decoder.grid.size} candidates"
+    places = f"{getattr(decoder, 'anchors', 0)} x {decoder.grid.size} x {decoder.grid.size} candidates"
     templates = "three templates" if is_adaptive(net) else "one template"
     return (
         f"crops of {any_net.template_size} and {any_net.search_size} px less {values.mean} times {values.scale:.5f}, "
-        f"{candidates} of stride {decoder.grid.stride} from {decoder.grid.origin} px, {templates}"
+        f"{places} of stride {decoder.grid.stride} from {decoder.grid.origin} px, {templates}"
     )

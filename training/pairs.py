@@ -86,9 +86,9 @@ class Pair:
     """One training sample: crops uint8 BGR, the target's box (cx, cy, w, h) in search-crop pixels.
 
     In a negative pair the box is that of the foreign target in the search crop. `size` is the target's width and height
-    in template-crop pixels. `history` and `current` are the further
-    templates T_a and T_c of a model with template updates; None for others. `effects` are light and noise that the
-    crops are still without, by the crop's name; empty where they have them.
+    in template-crop pixels. `history` and `current` are the further templates T_a and T_c of a model with template
+    updates; None for others. `effects` are light and noise that the crops are still without, by the crop's name; empty
+    where they have them.
     """
 
     template: Crop
@@ -290,8 +290,8 @@ class PairSampler:
         same_place = rng.random() < 0.6
         behind = background if same_place else self._objects.draw_background(self.search_px, rng)
         middle = np.s_[margin : margin + self.template_px, margin : margin + self.template_px]
-        templates = [behind[middle].copy()]
-        if paste(templates[0], cutout, (self.template_px / 2,) * 2, (width * scale, height * scale), 0) is None:
+        templates, shown = [behind[middle].copy()], (width * scale, height * scale)
+        if paste(templates[0], cutout, (self.template_px / 2,) * 2, shown, 0) is None:
             return self._draw_cutout(rng)
         if self.triplets:  # two more, on the background of the search crop, and a little off as while tracking
             for _ in range(2):
@@ -306,5 +306,4 @@ class PairSampler:
         centre = self.search_px / 2 + rng.uniform(-config.search.shift_px, config.search.shift_px, 2)
         angle = rng.uniform(-1, 1) * config.rotation_deg if rng.random() < config.rotation else 0.0
         box = paste(background, cutout, (centre[0], centre[1]), size, angle)
-        shown = (width * scale, height * scale)
         return Drawn(templates, background, box, shown, source) if box is not None else self._draw_cutout(rng)
