@@ -11,8 +11,9 @@ view. From both come the thresholds:
 
 * ``tracking_above``, ``uncertain_below``, ``lost_below``: the scores at which 90 %, 75 % and 25 % of frames are on the
   target; the first lies at least 0.05 over the second, so that the state does not flicker. Ten frames in a row under
-  the last make a loss, a third of a second at camera rate.
-* ``found_above``: exceeded by 5 % of windows that show another target in its place, and not under ``tracking_above``.
+  the last make a loss, a third of a second at camera rate. The last is not above what 90 % of windows that show another
+  target in its place stay under: few frames score so little while tracking, and those come from a handful of failures.
+* ``found_above``: exceeded by 5 % of these windows, and not under ``tracking_above``.
 
 Neither ``found_above`` nor the gap of 0.05 may ask for more than every tenth frame on the target has: otherwise, with a
 score that is close to 1 for nearly everything, a target that was lost would stay lost.
@@ -44,6 +45,7 @@ from siamtrack.state import Thresholds
 TRACKING_HITS, CERTAIN_HITS, WEAK_HITS = 0.90, 0.75, 0.25
 HYSTERESIS = 0.05
 FALSE_FINDS = 0.05
+ABSENT = 0.9  # share of the windows without the target that score below `lost_below` where this binds
 REACHED = 0.1  # share of the frames on the target that `found_above` and the gap leave within reach
 DIGITS = 4  # of a threshold: scores crowd near 1
 MAX_LOST_HITS = 0.10  # a goal, as `TRACKING_HITS` is one
@@ -130,7 +132,8 @@ def choose_thresholds(evidence: Evidence) -> Thresholds:
 
     seen = evidence.scores[evidence.ious > HIT_IOU]
     reach = float(np.quantile(seen, 1 - REACHED)) if seen.size else 1.0
-    lost_below, uncertain_below = score_at(WEAK_HITS), score_at(CERTAIN_HITS)
+    lost_below = min(score_at(WEAK_HITS), float(np.quantile(evidence.absent, ABSENT)))
+    uncertain_below = score_at(CERTAIN_HITS)
     tracking_above = max(score_at(TRACKING_HITS), min(uncertain_below + HYSTERESIS, reach))
     found_above = max(float(np.quantile(evidence.absent, 1 - FALSE_FINDS)), tracking_above)
     found_above = max(min(found_above, reach), lost_below)

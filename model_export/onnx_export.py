@@ -64,7 +64,7 @@ def export_bundle(
         licence: of the weights.
         provenance: where the weights come from.
         tracking: tracking parameters; when None the network's own (`tracking`), or the defaults.
-        update: when an adaptive network renews its template; above its published score, every frame, when None.
+        update: when an adaptive network renews its template; by its own `update_rule` when None.
 
     Raises:
         ValueError: `update` for a network that is not adaptive.
@@ -85,7 +85,7 @@ def export_bundle(
         update_in = tuple(tensors[0].clone() for _ in UPDATE_INPUTS)  # one tensor thrice would become one input
         if adaptive is not None:
             tensors = adaptive.update(*update_in)
-            update = update or UpdateSpec(adaptive.update_score)
+            update = update or adaptive.update_rule
     names = siamese.template_names if adaptive is None else adaptive.update_names
     # Two samples in the example: an axis of one would be taken for a constant.
     search_in = (

@@ -17,7 +17,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from model_export.bias_correction import correct_biases
 
 DELICATE_OPERATIONS = frozenset(
     {
@@ -179,7 +180,7 @@ def to_fp16(model: onnx.ModelProto, keep_fp32: Collection[str] = ()) -> onnx.Mod
 def to_int8(
     model: onnx.ModelProto, feeds: Iterable[Feeds], scheme: Int8Scheme, keep_fp32: Collection[str] = ()
 ) -> onnx.ModelProto:
-    """A copy whose convolutions, both ends apart, are INT8 between explicit Q/DQ nodes.
+    """A copy whose convolutions, both ends apart, are INT8 between explicit Q/DQ nodes, with `correct_biases`.
 
     Args:
         model: with FP32 weights and named nodes.
@@ -195,8 +196,8 @@ def to_int8(
     chosen = quantised_nodes(model, scheme.chains) - set(keep_fp32)
     if not chosen:
         raise ValueError(f"graph {model.graph.name!r} has no convolution to quantise")
-    reader = _Reader(feeds)
-    if reader.first is None:
+    feeds = list(feeds)
+    if not feeds:
         raise ValueError("INT8 needs crops to calibrate on; got none")
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -208,7 +209,7 @@ def to_int8(
         quantize_static(
             onnx.shape_inference.infer_shapes(copy),
             str(file),
-            reader,
+            _Reader(feeds),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=sorted({n.op_type for n in model.graph.node if n.name in chosen}),
             nodes_to_quantize=sorted(chosen),
@@ -224,6 +225,7 @@ def to_int8(
             },
         )
         converted = onnx.load(str(file))
+    correct_biases(converted, model, feeds)
     converted.producer_name, converted.producer_version = model.producer_name, model.producer_version
     del converted.metadata_props[:]
     converted.ir_version = max(model.ir_version, 9)  # the oldest that holds this opset
@@ -279,9 +281,7 @@ class _Reader:
     """Calibration feeds as ONNX Runtime's quantiser asks for them."""
 
     def __init__(self, feeds: Iterable[Feeds]) -> None:
-        rest = iter(feeds)
-        self.first = next(rest, None)
-        self._feeds = iter(()) if self.first is None else chain([self.first], rest)
+        self._feeds = iter(feeds)
 
     def get_next(self) -> Feeds | None:
         return next(self._feeds, None)

@@ -8,13 +8,22 @@ from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 
+from siamtrack.bundle import TrackingSpec, UpdateSpec
 from siamtrack.engine_files import DEFAULT_PRECISION
 from siamtrack.engines import BUILD_POLICIES
 from siamtrack.runners import BACKENDS, PRECISION_CHOICES, EngineOptions
 from siamtrack.tracker import SiamTracker
 
 FROM_MODEL = -1.0
-TRACKING_PARAMETERS = ("penalty_k", "window_influence", "size_rate", "uncertain_rate", "motion_rate")
+UPDATE_PARAMETERS = {"update_min_score": "min_score"}  # by their names in the manifest's `update`
+TRACKING_PARAMETERS = (
+    "penalty_k",
+    "window_influence",
+    "size_rate",
+    "uncertain_rate",
+    "motion_rate",
+    *UPDATE_PARAMETERS,
+)
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,13 @@ PARAMETERS = (
         live=True,
         bounds=(FROM_MODEL, 1.0),
     ),
+    Parameter(
+        "update_min_score",
+        FROM_MODEL,
+        "score above which a frame may renew the template; 1 for never; -1: as the model says, which may be never",
+        live=True,
+        bounds=(FROM_MODEL, 1.0),
+    ),
 )
 
 
@@ -145,7 +161,17 @@ def engine_options(build_engines: str, engine_key_file: str) -> EngineOptions:
 
 
 def tune(tracker: SiamTracker, values: dict[str, float]) -> None:
-    """Set some of `TRACKING_PARAMETERS`; `FROM_MODEL` stands for the model's own value."""
-    own = tracker.runner.bundle.manifest.tracking
-    chosen: dict[str, Any] = {n: getattr(own, n) if v == FROM_MODEL else v for n, v in values.items()}
-    tracker.tracking = replace(tracker.tracking, **chosen)
+    """Set some of `TRACKING_PARAMETERS`; `FROM_MODEL` stands for the model's own value.
+
+    A model that keeps its first template keeps it, whatever its update parameters are set to.
+    """
+    manifest = tracker.runner.bundle.manifest
+    update = {UPDATE_PARAMETERS[name]: value for name, value in values.items() if name in UPDATE_PARAMETERS}
+    tracking = {name: value for name, value in values.items() if name not in UPDATE_PARAMETERS}
+    tracker.tracking = replace(tracker.tracking, **_chosen(manifest.tracking, tracking))
+    if manifest.update is not None and tracker.template_update is not None:
+        tracker.template_update = replace(tracker.template_update, **_chosen(manifest.update, update))
+
+
+def _chosen(own: TrackingSpec | UpdateSpec, values: dict[str, float]) -> dict[str, Any]:
+    return {name: getattr(own, name) if value == FROM_MODEL else value for name, value in values.items()}

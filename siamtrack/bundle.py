@@ -146,7 +146,7 @@ class TrackingSpec:
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """When a model with an update graph renews its template (DASTSiam, SiamFC+ST).
+    """When a model with an update graph renews its template.
 
     Attributes:
         min_score: only after a frame whose raw score is above this, 0..1; 1 keeps the first template for ever.

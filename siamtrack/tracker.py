@@ -63,7 +63,7 @@ class SiamTracker:
     track = tracker.update(next_frame_bgr)
     ```
 
-    A model with an update graph (DASTSiam, SiamFC+ST) renews its template after frames in which the target was seen
+    A model with an update graph, such as the default one, renews its template after frames in which the target was seen
     well; such an `update` takes longer by about an `init`. See `siamtrack.bundle.UpdateSpec`.
 
     Args:

@@ -64,6 +64,15 @@ def test_thresholds_lie_where_the_shares_are_reached() -> None:
     assert thresholds.found_above == thresholds.tracking_above  # no absent window scores higher
 
 
+def test_a_score_that_windows_without_the_target_seldom_have_is_no_loss() -> None:
+    """Few frames of one failure, all below 0.5, say little about a target that is seen badly."""
+    scores = np.append(np.linspace(0.1, 0.5, 20), np.linspace(0.6, 1, 400))
+    failed = Evidence(scores, np.append(np.zeros(20), np.full(400, 0.8)), np.linspace(0, 0.3, 1001))
+    assert choose_thresholds(failed).lost_below == pytest.approx(0.27, abs=1e-3)
+    alike = dataclasses.replace(failed, absent=np.linspace(0, 0.9, 1001))  # what is like the target does not bind
+    assert choose_thresholds(alike).lost_below == 0.6
+
+
 def test_states_do_not_flicker_where_the_score_is_sharp() -> None:
     scores = np.linspace(0, 1, 1001)
     thresholds = choose_thresholds(Evidence(scores, np.where(scores > 0.3, 0.9, 0.0), np.zeros(10)))

@@ -1,4 +1,4 @@
-"""The edge SiamCAN: shapes, switches, names of its weights, and what the target's size changes."""
+"""The edge SiamCAN: shapes, switches, names of its weights, its running template, what the target's size changes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from siamtrack.nets.backbones import MobileNetV2
 from siamtrack.nets.decode import (
     SearchGraph,
     TemplateGraph,
+    is_adaptive,
 )
 from siamtrack.nets.edge import cell_kernel, covered_cells
 from siamtrack.nets.siamcan import SiamCANEdge, SiamCANEdgeConfig
@@ -35,7 +36,7 @@ def test_edge_shapes(edge: SiamCANEdge) -> None:
         template = edge.template(rand(2, 3, 127, 127))
         raw = edge.search(rand(2, 3, 209, 209, seed=1), *template)
     assert [tuple(t.shape) for t in template] == [(2, 49, 96)]
-    assert edge.template_names == ("kernel",)
+    assert (edge.template_names, edge.update_names) == (("feature",), ("kernel",))
     assert raw.logits.shape == (2, 1, 14, 14)
     assert raw.ltrb.shape == (2, 4, 14, 14)
     assert (raw.ltrb > 0).all()
@@ -153,8 +154,7 @@ def test_weights_of_an_edge_network_start_one_that_is_told_the_size(edge: SiamCA
             torch.testing.assert_close(now.ltrb, before.ltrb, rtol=2e-3, atol=0)
     again = SiamCANEdge(SiamCANEdgeConfig(takes_size=True))
     again.load_state_dict(sized.state_dict())  # its own weights are taken as they are
-    assert sized.template_names == ("kernel", "bias")
-    assert edge.template_names == ("kernel",)
+    assert (sized.template_names, sized.update_names) == (("kernel", "bias"), ())
 
 
 def test_the_size_parts_the_template_and_sets_the_bias(sized: SiamCANEdge) -> None:
@@ -172,6 +172,26 @@ def test_the_size_parts_the_template_and_sets_the_bias(sized: SiamCANEdge) -> No
         search = rand(1, 3, 209, 209, seed=1)
         seen = [net(image, search, torch.tensor([wh])) for wh in ([48.0, 80.0], [80.0, 48.0])]
     assert (seen[0].ltrb - seen[1].ltrb).abs().max() > 1e-3
+
+
+def test_a_track_starts_with_the_first_frame_s_kernel_and_an_average_never_leaves_it(edge: SiamCANEdge) -> None:
+    with torch.no_grad():
+        first, seen = (edge.template(rand(2, 3, 127, 127, seed=seed))[0] for seed in (0, 1))
+        torch.testing.assert_close(edge.update(first, first, first)[0], first)
+        (once,) = edge.update(first, first, seen)
+        torch.testing.assert_close(once, 0.86 * first + 0.14 * seen, rtol=1e-4, atol=1e-6)  # 0.7 of 0.2 is the new one
+        history = first
+        for _ in range(60):
+            (history,) = edge.update(first, history, seen)
+    torch.testing.assert_close(history, 0.3 * first + 0.7 * seen, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [SiamCANEdgeConfig(update_share=0), SiamCANEdgeConfig(takes_size=True)])
+def test_a_template_that_is_not_renewed_says_so(config: SiamCANEdgeConfig) -> None:
+    net, crop = SiamCANEdge(config), rand(2, 3, 127, 127)
+    assert not is_adaptive(net)
+    with pytest.raises(ValueError, match="update_share 0, or takes_size"):
+        net.update(crop, crop, crop)
 
 
 def test_edge_cell_lies_on_pixel_16_i() -> None:

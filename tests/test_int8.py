@@ -89,7 +89,7 @@ def test_int8_graphs_join_the_bundle_and_change_nothing_else(plain: Bundle, conv
     provenance = {**plain.manifest.provenance, "int8_calibration_crops": "16 of the rendered scene"}
     assert both.manifest == dataclasses.replace(plain.manifest, int8=added, provenance=provenance)
     assert sorted(p.name for p in both.path.iterdir()) == [
-        "manifest.json", "search.int8.onnx", "search.onnx", "template.onnx",
+        "manifest.json", "search.int8.onnx", "search.onnx", "template.onnx", "update.onnx",
     ]  # fmt: skip
 
 

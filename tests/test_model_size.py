@@ -55,6 +55,7 @@ def test_edge_siamla_costs_about_what_edge_siamcan_does() -> None:
 def test_only_adaptive_networks_have_an_update() -> None:
     assert {name for name in MODELS if not math.isnan(size_of(name).update_gmac)} == {
         "siamfc-st",
+        "siamcan-mobilenetv2",
         "dastsiam-r50",
         "dastsiam-mobilenetv2",
     }

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from model_export import cli
+from model_export.bias_correction import channel_means, correct_biases
 from model_export.compare import literal_runner
 from model_export.convert import calibration_feeds, convert_bundle, convert_graph
 from model_export.precision import (
@@ -84,6 +85,12 @@ def kinds(model: onnx.ModelProto) -> dict[str, int]:
     """Type that each named node gives."""
     types = types_of(model)
     return {node.name: types[node.output[0]] for node in model.graph.node}
+
+
+def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
 
 
 X = {"x": np.random.default_rng(1).standard_normal((2, 4, 8, 8)).astype(np.float32)}
@@ -314,6 +321,36 @@ def test_shipped_search_graph_in_int8(search: onnx.ModelProto, feeds: list[Feeds
     errors = [np.abs(run(converted, f)[3] - run(search, f)[3]).max() for f in feeds]
     assert 0 < max(errors) < 0.2
     assert np.median([np.abs(run(converted, f)[0] - run(search, f)[0]).max() for f in feeds]) < 4
+
+
+@pytest.mark.parametrize("target", sorted(INT8_SCHEMES))
+def test_the_mean_that_rounding_moves_is_put_back(
+    search: onnx.ModelProto, feeds: list[Feeds], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = dataclasses.replace(INT8_SCHEMES[target], rest="fp32")
+    corrected = to_int8(search, feeds, scheme)
+    monkeypatch.setattr("model_export.precision.correct_biases", lambda *_: [])
+    plain = to_int8(search, feeds, scheme)
+    names = correct_biases(copy_of(plain), search, feeds)
+    outputs = {node.name: node.output[0] for node in search.graph.node}
+    assert len(names) == 3  # the neck's normalisation and the branches' predictions
+    # After each came its correction only INT8 nodes moved, so all of them have their FP32 mean again.
+    for wanted, before, after in zip(
+        *(channel_means(model, [outputs[name] for name in names], feeds) for model in (search, plain, corrected)),
+        strict=True,
+    ):
+        assert np.abs(after - wanted).max() < 0.1 * np.abs(before - wanted).max() + 1e-4
+
+
+def test_a_bias_that_two_nodes_share_is_left_alone() -> None:
+    w, b = np.eye(4, dtype=np.float32).reshape(4, 4, 1, 1) / 3, np.zeros(4, np.float32)
+    tail = [
+        helper.make_node("Conv", ["b", "w", "bias"], ["c"], name="third"),
+        helper.make_node("Conv", ["c", "w", "bias"], ["d"], name="fourth"),
+    ]
+    model = two_convolutions(*tail, outputs=["d"], w=w, bias=b)
+    converted = to_int8(model, [X], INT8_SCHEMES["tensorrt"], keep_fp32=["third", "fourth"])
+    assert not next(numpy_helper.to_array(t) for t in converted.graph.initializer if t.name == "bias").any()
 
 
 def test_int8_needs_something_to_quantise_and_crops(search: onnx.ModelProto) -> None:

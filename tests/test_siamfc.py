@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from model_export.onnx_export import export_bundle
 from model_export.verify import compare_with_onnxruntime, random_pairs
-from siamtrack.bundle import Bundle
+from siamtrack.bundle import Bundle, UpdateSpec
 from siamtrack.crop import Window
 from siamtrack.nets.siamfc import (
     RESPONSE_SCALE,
@@ -181,7 +181,7 @@ def test_a_target_that_looks_like_the_first_template_has_score_1(adaptive: SiamF
     share = adaptive.decoder.confidence(raw, raw.logits[:, 1].flatten(1))[0]
     assert float(share[8 * 17 + 8]) == pytest.approx(1, abs=1e-3)
     assert ((share >= 0) & (share <= 1)).all()
-    assert adaptive.update_score == 0.8
+    assert adaptive.update_rule == UpdateSpec(min_score=0.8)
 
 
 def test_self_response_stays_that_of_the_first_frame(adaptive: SiamFCST) -> None:

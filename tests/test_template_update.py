@@ -1,4 +1,4 @@
-"""DASTSiam's transformer modules: against PyTorch's own with the same weights, and what each of Eq. 1 to 5 says."""
+"""The running average; DASTSiam's transformers: against PyTorch's own with the same weights, what Eq. 1 to 5 say."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from siamtrack.nets.template_update import (
     DecoderLayer,
     Discriminative,
     EncoderLayer,
+    LinearUpdate,
     SpatioTemporal,
     TransformerConfig,
     tokens,
@@ -186,3 +187,9 @@ def test_sizes_that_cannot_be_are_refused(change: dict[str, Any], message: str) 
 def test_unknown_preset_is_refused() -> None:
     with pytest.raises(ValueError, match="attention must be one of paper, release, got 'both'"):
         SpatioTemporal(SMALL, "both")
+
+
+@pytest.mark.parametrize(("share", "rate"), [(-0.1, 0.2), (1.1, 0.2), (0.7, 0.0), (0.7, 1.1), (float("nan"), 0.2)])
+def test_bad_averages_are_refused(share: float, rate: float) -> None:
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\] and rate in \(0, 1\]"):
+        LinearUpdate(share, rate)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from siamtrack.nets.checkpoint import load_checkpoint
-from siamtrack.nets.decode import Candidates, Decoder, is_adaptive, takes_size
+from siamtrack.nets.decode import Candidates, Decoder, learns_update, takes_size
 from training.losses import diou_loss, soft_focal_loss
 
 
@@ -116,7 +116,7 @@ def _shape(net: nn.Module) -> str:
     any_net, decoder = cast(Any, net), cast(Any, net.decoder)
     values = any_net.normalisation
     places = f"{getattr(decoder, 'anchors', 0)} x {decoder.grid.size} x {decoder.grid.size} candidates"
-    templates = "three templates" if is_adaptive(net) else "one template"
+    templates = "three templates" if learns_update(net) else "one template"
     return (
         f"crops of {any_net.template_size} and {any_net.search_size} px less {values.mean} times {values.scale:.5f}, "
         f"{places} of stride {decoder.grid.stride} from {decoder.grid.origin} px, {templates}"

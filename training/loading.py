@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from siamtrack.nets.decode import is_adaptive
+from siamtrack.nets.decode import learns_update
 from training.collect import Collected, collect
 from training.dataset import EpochSampler, PairDataset, collate
 from training.images import ImageCache
@@ -32,7 +32,7 @@ class CropShape:
 
 def crop_shape(net: nn.Module) -> CropShape:
     """What `net` takes."""
-    return CropShape(cast(int, net.template_size), cast(int, net.search_size), is_adaptive(net))
+    return CropShape(cast(int, net.template_size), cast(int, net.search_size), learns_update(net))
 
 
 def make_samplers(recipe: Recipe, found: Collected, shape: CropShape) -> tuple[PairSampler, PairSampler | None]:

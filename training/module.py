@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from siamtrack.nets.backbones import MobileNetV2, ResNet50, TwoBackbones
 from siamtrack.nets.build import build_model
-from siamtrack.nets.decode import AnchorBased, SearchGraph, TemplateGraph, is_adaptive, normalise, takes_size
+from siamtrack.nets.decode import AnchorBased, SearchGraph, TemplateGraph, learns_update, normalise, takes_size
 from siamtrack.nets.importing import read_weights
 from siamtrack.nets.pretrained import import_mobilenetv2, import_resnet50
 from siamtrack.nets.tensorfile import read_tensors
@@ -140,7 +140,7 @@ class SiameseModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         template = self.template_graph(batch["template"], *self._size(batch).values())
-        if is_adaptive(self.net):
+        if learns_update(self.net):
             further = (self.template_graph(batch[name])[0] for name in ("history", "current"))
             template = self.net.update(template[0], *further)
         tuning = torch.zeros(3, device=self.device)

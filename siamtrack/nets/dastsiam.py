@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from siamtrack.bundle import TrackingSpec
+from siamtrack.bundle import TrackingSpec, UpdateSpec
 from siamtrack.nets.backbones import ResNet50Layer3, TwoBackbones
 from siamtrack.nets.correlation import DEPTHWISE_FORMS, pixelwise
 from siamtrack.nets.decode import AnchorBased, AnchorMaps, Grid, Normalisation
@@ -26,7 +26,7 @@ from siamtrack.nets.template_update import (
 )
 
 ANCHOR_PX = ((64, 64),)  # erratum D11: four regression channels leave room for one anchor, ratio 1 and scale 8
-UPDATE_SCORE = 0.59  # 1.18 on the sum of two scores (section 3.1), which our mean halves (erratum D13)
+UPDATE_RULE = UpdateSpec(min_score=0.59)  # 1.18 on the sum of two scores (section 3.1), our mean halves it (D13)
 
 NO_FUSION = "this configuration has no fusion (st=False): its template is not renewed"
 
@@ -89,7 +89,8 @@ class DASTSiam(nn.Module):
     # 8 k, and two unpadded convolutions take two cells off. So cell 0 is the target at 8 (0 + 2) + 28 + 3 = 47.
     grid = Grid(size=25, stride=8, origin=47.5)
     normalisation = Normalisation(mean=114.5, scale=1 / 57.6)  # of ImageNet, mean of the channels; not published
-    update_score = UPDATE_SCORE
+    update_rule = UPDATE_RULE
+    learns_update = True
     tracking = TrackingSpec(penalty_k=0.16, window_influence=0.4, size_rate=0.3, motion_rate=0.0)  # SiamRPN's
 
     def __init__(self, config: DASTSiamConfig | None = None) -> None:
@@ -215,7 +216,8 @@ class DASTSiamEdge(EdgeFeatures):
 
     template_names = ("feature",)
     names = ("fused",)
-    update_score = UPDATE_SCORE
+    update_rule = UPDATE_RULE
+    learns_update = True
 
     def __init__(self, config: DASTSiamEdgeConfig | None = None) -> None:
         config = config or DASTSiamEdgeConfig()

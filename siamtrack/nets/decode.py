@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from siamtrack.bundle import UpdateSpec
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -135,7 +137,7 @@ class SizedNet(SiameseNet, Protocol):
 
 
 class AdaptiveNet(SiameseNet, Protocol):
-    """A model whose template is renewed while tracking (DASTSiam, SiamFC+ST): `template` gives one tensor, the feature.
+    """A model whose template is renewed while tracking: `template` gives one tensor, the feature.
 
     ``kernel = update(first, first, first)`` starts a track; ``update(first, history, current)`` renews it, where
     `history` is the first tensor of the previous update. `search` takes what `update` gave.
@@ -143,11 +145,13 @@ class AdaptiveNet(SiameseNet, Protocol):
     Attributes:
         update_names: names of the tensors that `update` gives and `search` takes; the first is the next history. Empty
             where a configuration leaves the update out: then the model is no adaptive one.
-        update_score: raw score above which a frame may renew the template, as published.
+        update_rule: when a frame may renew the template, as published where it is.
+        learns_update: whether the update has weights, so that training must show three templates.
     """
 
     update_names: tuple[str, ...]
-    update_score: float
+    update_rule: UpdateSpec
+    learns_update: bool
 
     def update(self, first: Tensor, history: Tensor, current: Tensor) -> tuple[Tensor, ...]:
         """Fuse the features of the first, the remembered and the current template."""
@@ -157,6 +161,11 @@ class AdaptiveNet(SiameseNet, Protocol):
 def is_adaptive(net: object) -> TypeGuard[AdaptiveNet]:
     """Does this model renew its template while tracking?"""
     return bool(getattr(net, "update_names", ()))
+
+
+def learns_update(net: object) -> TypeGuard[AdaptiveNet]:
+    """Is this a model that renews its template, and learns how from three templates a sample?"""
+    return is_adaptive(net) and net.learns_update
 
 
 def takes_size(net: object) -> TypeGuard[SizedNet]:

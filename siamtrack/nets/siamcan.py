@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from siamtrack.bundle import TrackingSpec
+from siamtrack.bundle import TrackingSpec, UpdateSpec
 from siamtrack.nets.attention import ChannelAttention, SpatialAttention
 from siamtrack.nets.correlation import pixelwise
 from siamtrack.nets.decode import AnchorFree, RawMaps
 from siamtrack.nets.edge import EdgeFeatures, cell_kernel, covered_cells
 from siamtrack.nets.layers import CorrelationBranch, conv_norm_act, separable_tower
 from siamtrack.nets.siamban import SiamBAN, SiamBANConfig
+from siamtrack.nets.template_update import LinearUpdate
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,10 @@ class SiamCANEdgeConfig:
         blocks: depthwise-separable blocks a branch.
         channel_attention: as in `SiamCANConfig`.
         spatial_attention: as in `SiamCANConfig`.
-        takes_size: tell the template how large the target is; see `SiamCANEdge`.
+        takes_size: tell the template how large the target is; see `SiamCANEdge`. Such a template is not renewed.
+        update_share: share of a renewed template that later frames may have, as in `LinearUpdate`; 0 keeps the first
+            frame's for ever.
+        update_rate: how far one renewal goes.
     """
 
     channels: int = 96
@@ -103,6 +107,8 @@ class SiamCANEdgeConfig:
     channel_attention: bool = True
     spatial_attention: bool = True
     takes_size: bool = False
+    update_share: float = 0.7
+    update_rate: float = 0.2
 
 
 class EdgeBranch(nn.Module):
@@ -134,6 +140,8 @@ class SiamCANEdge(EdgeFeatures):
       kernel, ``z (v x) = (v z) x``, and the search graph never sees them.
     * Depthwise-separable towers, because the correlation map carries position, not appearance, and must be read
       spatially; one sigmoid logit in place of two softmax ones, distances of ``32 exp(raw)`` without a learnt scale.
+    * The template is renewed: a running average of kernels, 30 % of which stay the first frame's (`LinearUpdate`). The
+      paper keeps the first frame's; the average has less noise and follows slow changes.
     * With `takes_size`, each template cell gives two correlation maps in place of one, weighed by how much of it the
       target covers and by the rest, and what it covers decides on a bias. Crops are scaled by area: without this the
       network cannot know whether a head ends below the ears or above them.
@@ -144,7 +152,8 @@ class SiamCANEdge(EdgeFeatures):
     tracking = TrackingSpec(  # by `evaluation.tune`, for a run of another seed than the shipped one
         penalty_k=0.05, window_influence=0.274, size_rate=0.419, uncertain_rate=0.5, motion_rate=0.202
     )
-    template_names: tuple[str, ...] = ("kernel",)
+    update_rule = UpdateSpec(min_score=0.6, interval=10)
+    learns_update = False
 
     def __init__(self, config: SiamCANEdgeConfig | None = None) -> None:
         config = config or SiamCANEdgeConfig()
@@ -154,6 +163,10 @@ class SiamCANEdge(EdgeFeatures):
         self.attention = ChannelAttention() if self.config.channel_attention else None
         cells = self.cells**2
         self.takes_size = config.takes_size
+        adaptive = config.update_share != 0 and not config.takes_size
+        self.renew = LinearUpdate(config.update_share, config.update_rate) if adaptive else None
+        self.template_names: tuple[str, ...] = ("feature",) if adaptive else ("kernel",)
+        self.update_names: tuple[str, ...] = ("kernel",) if adaptive else ()
         self.mix = conv_norm_act(2 * cells if self.takes_size else cells, width, 1)[:-1]  # without ReLU: see `search`
         if self.takes_size:
             self.template_names = ("kernel", "bias")
@@ -193,6 +206,16 @@ class SiamCANEdge(EdgeFeatures):
         inside = covered[:, :, None]
         kernel = torch.cat([kernel * inside, kernel * (1 - inside)], dim=1)
         return kernel, self.shape(covered)[:, :, None, None]
+
+    def update(self, first: Tensor, history: Tensor, current: Tensor) -> tuple[Tensor]:
+        """Three kernels of `template` to the renewed one, the next history.
+
+        Raises:
+            ValueError: the configuration keeps the first frame's template.
+        """
+        if self.renew is None:
+            raise ValueError("this configuration (update_share 0, or takes_size) does not renew its template")
+        return (self.renew(first, history, current),)
 
     def search(self, image: Tensor, kernel: Tensor, bias: Tensor | None = None) -> RawMaps:
         """``[N, 3, 209, 209]`` and the tensors of `template` to raw maps on the 14x14 grid."""

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from siamtrack.bundle import TrackingSpec
+from siamtrack.bundle import TrackingSpec, UpdateSpec
 from siamtrack.nets.backbones import AlexNetV1
 from siamtrack.nets.correlation import pixelwise, summed_cells
 from siamtrack.nets.decode import Choice, Grid, Normalisation
@@ -203,7 +203,8 @@ class SiamFCST(SiamFC):
 
     template_names = ("feature",)
     update_names = ("fused", "self_response")
-    update_score = 0.8
+    update_rule = UpdateSpec(min_score=0.8)
+    learns_update = True
     score_meaning = "response as a share of what the first template answers to itself, at most 1"
 
     def __init__(self, config: SiamFCSTConfig | None = None) -> None:

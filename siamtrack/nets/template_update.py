@@ -1,8 +1,9 @@
-"""The two transformer modules of DASTSiam: spatio-temporal fusion (ST) and discriminative augmentation (DA).
+"""How templates are renewed: a running average, and the two transformer modules of DASTSiam.
 
-Source: "DASTSiam: Spatio-Temporal Fusion and Discriminative Augmentation for Improved Siamese Tracking", sections 2.1
-and 2.2. Errata D2 to D7 (`docs/papers.md`) say which reading is taken where paper and released network differ.
-Parameters have the released network's layout.
+The latter are spatio-temporal fusion (ST) and discriminative augmentation (DA). Source: "DASTSiam: Spatio-Temporal
+Fusion and Discriminative Augmentation for Improved Siamese Tracking", sections 2.1 and 2.2. Errata D2 to D7
+(`docs/papers.md`) say which reading is taken where paper and released network differ. Parameters have the released
+network's layout.
 """
 
 from __future__ import annotations
@@ -17,6 +18,32 @@ from torch.nn import functional
 from siamtrack.nets.layers import separable_tower
 
 PRESETS = ("paper", "release")
+
+
+class LinearUpdate(nn.Module):
+    """A running average of the target's features about those of the first frame; nothing in it is learnt.
+
+    ``h' = h + rate ((1 - share) first + share current - h)``, from h = first on. It is the rule of correlation filters
+    with an anchor: whatever is seen, ``1 - share`` of the template stays that of the first frame, so that a few wrong
+    boxes cannot replace the target.
+
+    Args:
+        share: of the template that later frames may have, in [0, 1].
+        rate: how far one renewal goes, in (0, 1].
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    def __init__(self, share: float, rate: float) -> None:
+        super().__init__()
+        if not 0 <= share <= 1 or not 0 < rate <= 1:
+            raise ValueError(f"share must be in [0, 1] and rate in (0, 1], got share {share} and rate {rate}")
+        self.share, self.rate = share, rate
+
+    def forward(self, first: Tensor, history: Tensor, current: Tensor) -> Tensor:
+        """Features of one shape ``[N, ...]`` to the renewed ones, the next history."""
+        return history + self.rate * ((1 - self.share) * first + self.share * current - history)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +71,26 @@ def test_changed_while_it_runs(rig: Rig) -> None:
     assert (now.penalty_k, now.window_influence, now.size_rate) == (own.penalty_k, own.window_influence, 0.5)
     rig.show(2)
     rig.state("TRACKING")
+
+
+def test_the_template_update_is_live(rig: Rig) -> None:
+    """The default model renews its template; 1 switches that off, -1 back to what the manifest says."""
+    tracker: list[Any] = []
+    rig.worker.configure(tracker.append)
+    for asked, then in ((1.0, 1.0), (0.9, 0.9), (-1.0, None)):
+        assert set_remotely(rig, update_min_score=asked)[0].successful
+        assert rig.worker.settle()
+        own = tracker[0].runner.bundle.manifest.update
+        assert tracker[0].template_update == dataclasses.replace(own, min_score=own.min_score if then is None else then)
+
+
+def test_a_model_that_keeps_its_template_takes_the_parameter(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(model="siamla-mobilenetv2", update_min_score=0.5)
+    tracker: list[Any] = []
+    rig.worker.configure(tracker.append)
+    assert rig.worker.settle()
+    assert tracker[0].template_update is None
+    rig.follow(0, 1)
 
 
 def test_the_size_of_a_clicked_box_is_live(rig: Rig) -> None:
