@@ -1,8 +1,8 @@
 """Bias correction: what rounding to INT8 shifts on average is taken back where it costs nothing.
 
-Rounded weights and activations move the mean of a channel. The edge SiamCAN so draws boxes half a percent too large, and
-a tracker that cuts the next crop by its last box multiplies that. Nagel et al., "Data-Free Quantization Through Weight
-Equalization and Bias Correction", ICCV 2019, section 4.2, measures the shift on data and subtracts it from the bias.
+Rounded weights and activations move the mean of a channel. The edge SiamCAN so draws boxes half a percent too large,
+and a tracker that cuts the next crop by its last box multiplies that. Nagel et al., "Data-Free Quantization Through
+Weight Equalization and Bias Correction", ICCV 2019, section 4.2, measures the shift on data and takes it off the bias.
 Here that is done where the quantised graph computes in FP32 again: at the normalisation after the backbone and at the
 heads' last convolutions.
 """
