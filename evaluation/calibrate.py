@@ -116,8 +116,11 @@ def write(bundle: Bundle, thresholds: Thresholds, calibration: str) -> None:
         ValueError: the bundle is no longer the one that they were found for.
     """
     manifest = load_bundle(bundle.path).manifest  # anew: its accuracy may have been noted while this ran
-    if (manifest.graphs, manifest.tracking) != (bundle.manifest.graphs, bundle.manifest.tracking):
-        raise ValueError(f"{bundle.path} has other graphs or tracking parameters than when this began; run it again")
+    begun = bundle.manifest
+    if (manifest.graphs, manifest.tracking, manifest.update) != (begun.graphs, begun.tracking, begun.update):
+        raise ValueError(
+            f"{bundle.path} has other graphs, tracking or update parameters than when this began; run it again"
+        )
     score = dataclasses.replace(manifest.score, thresholds=thresholds, calibration=calibration)
     write_manifest(bundle.path, dataclasses.replace(manifest, score=score))
 

@@ -4,7 +4,8 @@ Rounded weights and activations move the mean of a channel. The edge SiamCAN so 
 and a tracker that cuts the next crop by its last box multiplies that. Nagel et al., "Data-Free Quantization Through
 Weight Equalization and Bias Correction", ICCV 2019, section 4.2, measures the shift on data and takes it off the bias.
 Here that is done where the quantised graph computes in FP32 again: at the normalisation after the backbone and at the
-heads' last convolutions.
+heads' last convolutions. What is measured is what this CPU computes: make INT8 graphs on one with dot products of
+bytes.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ def _float_nodes_after_int8(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     found = []
     for node in model.graph.node:
         behind = not after.isdisjoint(node.input)
-        is_float = node.op_type in CORRECTED and floats.issuperset(node.input[1:]) and len(node.input) > BIAS
-        if behind or (node.op_type in CORRECTED and not is_float):
+        weighted = node.op_type in CORRECTED
+        if behind or (weighted and node.input[1] not in floats):
             after.update(node.output)
-        if behind and is_float and users.count(node.input[BIAS]) == 1:
+        biased = weighted and len(node.input) > BIAS and floats.issuperset(node.input[1:])
+        if behind and biased and users.count(node.input[BIAS]) == 1:
             found.append(node)
     return found
 

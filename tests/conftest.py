@@ -44,6 +44,12 @@ def default_bundle() -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def plain_bundle() -> Bundle:
+    """A shipped model that keeps the template of the first frame."""
+    return load_bundle("siamla-mobilenetv2")
+
+
+@pytest.fixture(scope="session")
 def _open_tracker() -> Iterator[SiamTracker]:
     # One thread and FP32: what a test says must not depend on the machine, and the tests may run beside other work.
     tracker = SiamTracker.from_pretrained(threads=1, precision="fp32")

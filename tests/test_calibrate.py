@@ -244,10 +244,14 @@ def test_thresholds_of_another_tracker_are_not_written(default_bundle: Bundle, t
     write(bundle, thresholds, "by hand")
     score = dataclasses.replace(noted.score, thresholds=thresholds, calibration="by hand")
     assert load_bundle(folder).manifest == dataclasses.replace(noted, score=score)
-    tracking = dataclasses.replace(noted.tracking, penalty_k=0.123)
-    write_manifest(folder, dataclasses.replace(noted, tracking=tracking))
-    with pytest.raises(ValueError, match="other graphs or tracking parameters than when this began"):
-        write(bundle, thresholds, "by hand")
+    assert noted.update is not None
+    for changed in (
+        dataclasses.replace(noted, tracking=dataclasses.replace(noted.tracking, penalty_k=0.123)),
+        dataclasses.replace(noted, update=dataclasses.replace(noted.update, min_score=0.123)),
+    ):
+        write_manifest(folder, changed)
+        with pytest.raises(ValueError, match="other graphs, tracking or update parameters than when this began"):
+            write(bundle, thresholds, "by hand")
 
 
 def test_command_writes_thresholds_that_load(

@@ -214,7 +214,7 @@ def test_folder_clip_starts_at_its_first_box(tmp_path: Path) -> None:
         assert [int(frame[0, 0, 0]) for frame in clip.frames] == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["siamcan-mobilenetv2", "siamfc-st"])
+@pytest.mark.parametrize("name", ["siamla-mobilenetv2", "siamcan-mobilenetv2"])
 def test_torch_runner_computes_what_the_bundle_does(name: str, tmp_path: Path, clip: Clip) -> None:
     """One model without and one with an update graph."""
     torch.manual_seed(0)
@@ -242,7 +242,8 @@ def test_substitute_runs_what_it_was_given(reference: OnnxRuntimeRunner, pairs: 
             asked.append(sorted(feeds))
             return reference.session("template").run(names, feeds)
 
-    runner = SubstituteRunner(reference.bundle, {"template": Session(), "search": reference.session("search")})
+    others = {name: reference.session(name) for name in ("update", "search")}
+    runner = SubstituteRunner(reference.bundle, {"template": Session(), **others})
     image = pairs[0][0]
     runner.template(image, compare._whole(image), (0, 0, 0), (60, 50))
     assert asked == [["image"]]

@@ -49,14 +49,15 @@ def CudaDevice():
     return driver.CudaDevice(binding=binding)
 
 class CopyingEngine:
-    # Every output is the start of the image, which makes the crop visible through all that follows it.
+    # Every output is the start of the image, or of an update's current template: it shows the crop all the way.
     def __init__(self, device, graph):
         self.device, self.inputs, self.outputs = device, graph.inputs, graph.outputs
     def bind(self, batch, tensors):
         def work():
             for spec in self.outputs:
                 sides = [batch if isinstance(side, str) else side for side in spec.shape]
-                self.device.copy(tensors[spec.name], tensors["image"], 4 * math.prod(sides))
+                source = tensors["image" if "image" in tensors else "current"]
+                self.device.copy(tensors[spec.name], source, 4 * math.prod(sides))
         return work
     def capturable(self, batch):
         return True

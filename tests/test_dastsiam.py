@@ -461,11 +461,11 @@ def test_runner_refuses_what_is_not_finite(edge: Exported, scene: list[SceneFram
         assert runner.update(scene[1].image, PLACES[0], start) is not start
 
 
-def test_models_without_update_say_so(default_bundle: Bundle, scene: list[SceneFrame]) -> None:
-    with OnnxRuntimeRunner(default_bundle, threads=1) as runner:
+def test_models_without_update_say_so(plain_bundle: Bundle, scene: list[SceneFrame]) -> None:
+    with OnnxRuntimeRunner(plain_bundle, threads=1) as runner:
         features = runner.template(scene[0].image, PLACES[0], (0, 0, 0))
         assert features.first is features.history is None
-        with pytest.raises(ValueError, match="siamcan-mobilenetv2 has no update graph"):
+        with pytest.raises(ValueError, match="siamla-mobilenetv2 has no update graph"):
             runner.update(scene[0].image, PLACES[0], features)
 
 

@@ -151,7 +151,7 @@ def test_shipped_model_builds(bundle: Bundle, rtx: RuntimeInfo, precision: str) 
     sizes = {row.name: len(row.plan.content) for row in built}
     assert sizes == {name: len(engines.read(name)) for name in sizes}
     lines = summary(built).splitlines()
-    assert [line.split()[0] for line in lines] == ["graph", "template", "search"]
+    assert [line.split()[0] for line in lines] == ["graph", "template", "search", "update"]
     assert ("int8: 53 convolution" in lines[2]) is (precision == "int8")
     assert ("fp16: 39 convolution" in lines[1]) is (precision != "fp32")
     assert "fp32: " in lines[2]  # ranking and decode
@@ -178,7 +178,8 @@ def test_new_engines_replace_the_old_when_they_are_done(
     second, _ = build_engines(bundle, rtx, BuildSettings(batches=(1, 3)))
     assert second.folder == first.folder
     assert second.manifest.batches == (1, 3)
-    assert sorted(file.name for file in second.folder.iterdir()) == ["engine.json", "search.engine", "template.engine"]
+    engines = [f"{name}.engine" for name in ("search", "template", "update")]
+    assert sorted(file.name for file in second.folder.iterdir()) == ["engine.json", *engines]
     assert [folder.name for folder in (bundle.path / "engines").iterdir()] == [second.folder.name]  # no scratch is left
 
 

@@ -91,7 +91,7 @@ def test_engines_that_fit_are_opened_and_read(bundle: Bundle) -> None:
     opened = open_engines(bundle, RUNTIME)
     assert opened.folder == folder
     assert opened.read("search") == (folder / "search.engine").read_bytes()
-    assert set(opened.manifest.graphs) == {"template", "search"}
+    assert set(opened.manifest.graphs) == {"template", "search", "update"}
     assert opened.manifest.graphs["search"].inputs == bundle.manifest.graphs["search"].inputs
 
 
@@ -251,7 +251,7 @@ def test_stale_engine_is_refused(bundle: Bundle) -> None:
 
 def test_engines_of_other_graphs_are_refused(bundle: Bundle) -> None:
     put_engines(bundle, change=lambda m: dataclasses.replace(m, graphs={"search": m.graphs["search"]}))
-    with pytest.raises(EngineError, match=r"it holds \['search'\], the bundle \['search', 'template'\]"):
+    with pytest.raises(EngineError, match=r"it holds \['search'\], the bundle \['search', 'template', 'update'\]"):
         open_engines(bundle, RUNTIME)
 
 
@@ -522,7 +522,7 @@ def opened_with(bundle: Bundle, content: bytes) -> EngineSet:
 
 def test_trial_loads_every_engine(bundle: Bundle, fake_tensorrt: Path) -> None:
     trial_load(opened_with(bundle, b"a sound engine"))
-    assert (fake_tensorrt / "loaded").read_bytes() == b"template;a sound ;"
+    assert (fake_tensorrt / "loaded").read_bytes() == b"template;a sound ;update e;"
 
 
 @pytest.mark.parametrize(

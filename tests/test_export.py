@@ -27,7 +27,7 @@ from siamtrack.bundle import SCHEMA_VERSION, Bundle, BundleError, TrackingSpec, 
 from siamtrack.crop import Window
 from siamtrack.nets.checkpoint import load_checkpoint
 from siamtrack.nets.correlation import depthwise_grouped
-from siamtrack.nets.decode import normalise
+from siamtrack.nets.decode import is_adaptive, normalise
 from siamtrack.nets.edge import covered_cells
 from siamtrack.nets.siamcan import SiamCAN, SiamCANEdge, SiamCANEdgeConfig
 from siamtrack.runners.cuda.runner import CudaRunner
@@ -110,6 +110,13 @@ CONTRACTS = {
     "siamcan-r50": tensors([*KERNELS, *((f"attention{level}", [256, 1, 1]) for level in range(3))], 255, 25),
 }
 SIZED = tensors([("kernel", [98, 96]), ("bias", [96, 1, 1])], 209, 14, sized=True)
+FEATURE = ("feature", "float32", [1, 49, 96])
+RENEWED = {
+    "template outputs": [FEATURE],
+    "update inputs": [(name, *FEATURE[1:]) for name in ("first", "history", "current")],
+    "update outputs": [("kernel", *FEATURE[1:])],
+}
+CONTRACTS["siamcan-mobilenetv2"] |= RENEWED
 GRIDS = {"siamcan-mobilenetv2": (14, 16, 0.5), "siamcan-r50": (25, 8, 31.5)}
 
 
@@ -124,7 +131,8 @@ def test_manifest_says_everything(exported: Exported) -> None:
     assert tuple(content["grid"].values()) == GRIDS[content["model"]]
     assert content["grid"] == dataclasses.asdict(net.grid)
     assert (content["precision"], content["int8"]) == ("fp32", {})
-    for graph in ("template", "search"):
+    assert ("update" in content["graphs"]) == (content["update"] is not None) == is_adaptive(net)
+    for graph in content["graphs"]:
         entry = content["graphs"][graph]
         assert entry["file"] == f"{graph}.onnx"
         assert re.fullmatch(r"[0-9a-f]{64}", entry["sha256"])
@@ -155,7 +163,7 @@ def test_nothing_of_this_machine_leaks(exported: Exported) -> None:
     _, bundle = exported
     here = Path(__file__).resolve().parent.parent
     secrets = ["site-packages", "siamcan.py", str(here), str(Path.home()) + "/", sys.prefix, str(bundle.path)]
-    for file in ("template.onnx", "search.onnx", "manifest.json"):
+    for file in (*(graph.file for graph in bundle.manifest.graphs.values()), "manifest.json"):
         content = (bundle.path / file).read_bytes()
         found = [s for s in secrets if s.encode() in content]
         assert not found, f"{file} contains {found}"
@@ -163,7 +171,8 @@ def test_nothing_of_this_machine_leaks(exported: Exported) -> None:
 
 def test_graphs_are_single_files_with_constant_kernels_only(exported: Exported) -> None:
     _, bundle = exported
-    assert sorted(p.name for p in bundle.path.iterdir()) == ["manifest.json", "search.onnx", "template.onnx"]
+    graphs = sorted(f"{name}.onnx" for name in bundle.manifest.graphs)
+    assert sorted(p.name for p in bundle.path.iterdir()) == ["manifest.json", *graphs]
     model = onnx.load(str(bundle.graph_path("search")))
     constants = {i.name for i in model.graph.initializer} | {
         output for node in model.graph.node if node.op_type == "Constant" for output in node.output

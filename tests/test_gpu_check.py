@@ -120,7 +120,10 @@ def quick_opener(default_bundle: Bundle) -> Any:
     grid = default_bundle.manifest.grid.size
 
     def template(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"kernel": np.full((1, 49, 96), feeds["image"].mean(), np.float32)}
+        return {"feature": np.full((1, 49, 96), feeds["image"].mean(), np.float32)}
+
+    def update(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"kernel": feeds["current"]}
 
     def search(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         count = len(feeds["image"])
@@ -132,7 +135,7 @@ def quick_opener(default_bundle: Bundle) -> Any:
         device, graphs = HostDevice(), default_bundle.manifest.graphs
         engines = {
             name: HostEngine(device, graphs[name].inputs, graphs[name].outputs, function)
-            for name, function in (("template", template), ("search", search))
+            for name, function in (("template", template), ("update", update), ("search", search))
         }
         return CudaRunner(default_bundle, device, engines, **settings)
 

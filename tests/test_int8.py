@@ -255,7 +255,7 @@ def test_choice(
     with open_runner(bundle, threads=1, precision=wanted) as runner:
         assert facts_of(runner) == {"backend": "onnxruntime", "precision": chosen}
     beside = which == "both" and chosen.startswith("int8")
-    assert sorted(opened) == ["search.int8.onnx" if beside else "search.onnx", "template.onnx"]
+    assert sorted(opened) == ["search.int8.onnx" if beside else "search.onnx", "template.onnx", "update.onnx"]
     warned = [message for message in caplog.messages if "runs in" in message]
     assert len(warned) == (wanted == "fp16" or (which, wanted, feature) == ("both", "int8", ""))
 

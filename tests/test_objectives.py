@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from siamtrack.nets import MODELS
 from siamtrack.nets.build import build_model
-from siamtrack.nets.decode import AnchorBased, AnchorFree, AnchorMaps, Grid, RawMaps, is_adaptive
+from siamtrack.nets.decode import AnchorBased, AnchorFree, AnchorMaps, Grid, RawMaps, learns_update
 from siamtrack.nets.siamfc import ResponseMaps
 from siamtrack.plain import to_plain
 from siamtrack.scene import SceneFrame
@@ -336,10 +336,12 @@ def learn(tracks: list[Track], steps: int, **content: Any) -> list[float]:
     module = SiameseModule(to_plain(recipe))
     net: Any = module.net
     config = PairConfig(mix={"video": 1.0}, negative=0.0, distractor=0.0, occluder=0.0)
-    sampler = PairSampler(tracks, [], [], config, ImageCache(0.1), net.template_size, net.search_size, is_adaptive(net))
+    sampler = PairSampler(
+        tracks, [], [], config, ImageCache(0.1), net.template_size, net.search_size, learns_update(net)
+    )
     data = PairDataset(sampler, cells_of(net), recipe.labels, seed=1, length=2)
     samples = collate([data[0], data[1]])
-    assert ("history" in samples) == ("current" in samples) == is_adaptive(net)
+    assert ("history" in samples) == ("current" in samples) == learns_update(net)
     assert (samples["labels"] > 0).any(dim=1).all()
     module.train().on_train_epoch_start()
     if not alone:

@@ -110,6 +110,9 @@ class SiamCANEdgeConfig:
     update_share: float = 0.7
     update_rate: float = 0.2
 
+    def __post_init__(self) -> None:
+        LinearUpdate(self.update_share, self.update_rate)  # refuses what cannot be, whether it is used or not
+
 
 class EdgeBranch(nn.Module):
     """Spatial attention, depthwise-separable blocks, 1x1 prediction."""
