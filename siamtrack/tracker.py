@@ -45,6 +45,7 @@ class _Target:
     box_cxcywh: Box
     believed_cxcywh: Box  # the box of the last TRACKING frame: where the search starts when the target is lost
     features: Features
+    first_features: Features  # of the first frame, as nothing has renewed them
     status: Status
     frame_size: tuple[int, int]  # height, width
     min_size_px: float
@@ -133,7 +134,7 @@ class SiamTracker:
         box = _cxcywh(check_box(box_xywh, width, height))
         features = self.runner.template(frame_bgr, self._template_window(box), mean_bgr(frame_bgr), box[2:])
         min_size = min(self.tracking.min_size_px, *box[2:])
-        self._target = _Target(box, box, features, Status(State.TRACKING), (height, width), min_size)
+        self._target = _Target(box, box, features, features, Status(State.TRACKING), (height, width), min_size)
         return self._track(self._target, 1.0)
 
     def update(self, frame_bgr: Image) -> Track:
@@ -223,9 +224,17 @@ class SiamTracker:
         return replace(target, status=status, box_cxcywh=box, believed_cxcywh=believed, velocity=velocity, hunt=None)
 
     def _lose(self, target: _Target) -> _Target:
-        """Weak frames before a loss may have led astray: fall back to where the target was last believed."""
-        box = target.believed_cxcywh
-        return replace(target, status=Status(State.LOST), box_cxcywh=box, hunt=self._hunt(box, target.frame_size))
+        """Frames before a loss may have led astray: fall back to where the target was last believed, and to its start.
+
+        What hides a target is taken into its template before the score falls.
+        """
+        return replace(
+            target,
+            status=Status(State.LOST),
+            box_cxcywh=target.believed_cxcywh,
+            features=target.first_features,
+            hunt=self._hunt(target.believed_cxcywh, target.frame_size),
+        )
 
     def _may_renew(self, target: _Target, found: Box, score: float) -> bool:
         """Was the target seen well enough to learn from (DASTSiam section 2.3, erratum D13; D14 for SiamFC+ST)?

@@ -619,6 +619,20 @@ def test_the_template_is_renewed_after_good_frames_only() -> None:
     assert renewals(tracker, 0.9, 0.625, 0.64, 0.55, 0.45, 0.7) == "U.U..U"  # above, not at it ("s > 1.18", D13)
 
 
+def test_a_lost_target_is_sought_as_it_was_at_the_start() -> None:
+    """What hid it may be in the renewed template."""
+    tracker = renewing()
+    first = tracker._target.features
+    assert renewals(tracker, 0.9, 0.9) == "UU"
+    play(tracker, 0.9)
+    assert tracker.runner.sought[-1] is not first
+    tracker.mark_lost()
+    assert renewals(tracker, 0.1, 0.1) == ".."
+    assert all(features is first for features in tracker.runner.sought[-2:])
+    assert renewals(tracker, 0.9, 0.9)[-1] == "U"  # found, it is renewed again
+    assert tracker._target.features.tensors[:1] == first.tensors and len(tracker._target.features.tensors) == 2
+
+
 @pytest.mark.parametrize(("interval", "marks"), [(1, "UUUUUU"), (2, ".U.U.U"), (4, "...U..")])
 def test_an_interval_lies_between_two_renewals(interval: int, marks: str) -> None:
     assert renewals(renewing(interval=interval), *[0.9] * 6) == marks
