@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,14 @@ def test_helper_threads_have_cores_of_their_own(default_bundle: Bundle) -> None:
     before = bindings()
     with OnnxRuntimeRunner(default_bundle, threads=len(cores)) as runner:
         assert runner.helper_cores == frozenset(cores[1:])
-        added = [cores_of for thread, cores_of in bindings().items() if thread not in before]
-    assert sorted({core for binding in added for core in binding}) == cores[1:]
+        wanted = sorted(cores[1:] * len(default_bundle.manifest.graphs))
+        bound: list[int] = []
+        for _ in range(200):  # a thread binds itself, once it gets to run
+            added = [cores_of for thread, cores_of in bindings().items() if thread not in before]
+            # What other tests left running may start threads too: those may use every core.
+            bound = sorted(core for cores_of in added if cores_of != set(cores) for core in cores_of)
+            if bound == wanted:
+                break
+            time.sleep(0.05)
+    assert bound == wanted
     assert os.sched_getaffinity(0) == set(cores)  # the caller's own thread is left alone
