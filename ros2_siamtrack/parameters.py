@@ -22,6 +22,7 @@ TRACKING_PARAMETERS = (
     "size_rate",
     "uncertain_rate",
     "motion_rate",
+    "second_look",
     *UPDATE_PARAMETERS,
 )
 
@@ -129,6 +130,14 @@ PARAMETERS = (
         "how fast the velocity follows that the search leads by; 0 for none; -1: as the model says",
         live=True,
         bounds=(FROM_MODEL, 1.0),
+    ),
+    Parameter(
+        "second_look",
+        FROM_MODEL,
+        "after a weak frame also search where the target was last seen, in a window of so many ordinary widths, which "
+        "takes longer; 0 for never; -1: as the model says",
+        live=True,
+        bounds=(FROM_MODEL, 2.0),
     ),
     Parameter(
         "update_min_score",

@@ -5,7 +5,7 @@ Pure functions on frozen values, so that every transition can be tested and repl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -32,7 +32,7 @@ class Thresholds:
     Attributes:
         tracking_above: UNCERTAIN becomes TRACKING at this score.
         uncertain_below: TRACKING becomes UNCERTAIN under this score; at most `tracking_above`.
-        lost_below: a frame under this score is weak; at most `uncertain_below`.
+        lost_below: a frame under this score is weak; at most `uncertain_below`. See `advance` for others that are.
         lost_after: this many weak frames in a row make the target LOST.
         found_above: LOST becomes UNCERTAIN at this score, found anywhere in the searched area.
     """
@@ -57,29 +57,40 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Status:
-    """A state and what it needs to remember: how many weak frames came in a row."""
+    """A state and what it needs to remember.
+
+    Attributes:
+        state: see `State`.
+        weak_frames: how many weak frames came in a row.
+        unconfirmed: the target was seen elsewhere than expected, and no frame has reached `uncertain_below` since.
+    """
 
     state: State
     weak_frames: int = 0
+    unconfirmed: bool = False
 
 
-def advance(status: Status, score: float, thresholds: Thresholds) -> Status:
+def advance(status: Status, score: float, thresholds: Thresholds, elsewhere: bool = False) -> Status:
     """The status after a frame with this score.
+
+    What was seen elsewhere may be a look-alike, so until it is confirmed its frames are weak ones.
 
     Args:
         status: before the frame; IDLE stays IDLE.
         score: raw confidence of the frame's best cell, in [0, 1].
         thresholds: see `Thresholds`.
+        elsewhere: the best cell is not where the target was expected, but where it was last seen.
     """
     if status.state is State.IDLE:
         return status
     if status.state is State.LOST:
         return Status(State.UNCERTAIN) if score >= thresholds.found_above else status
-    weak_frames = status.weak_frames + 1 if score < thresholds.lost_below else 0
+    unconfirmed = (elsewhere or status.unconfirmed) and score < thresholds.uncertain_below
+    weak_frames = status.weak_frames + 1 if unconfirmed or score < thresholds.lost_below else 0
     if weak_frames >= thresholds.lost_after:
         return Status(State.LOST)
     if score >= thresholds.tracking_above:
         return Status(State.TRACKING)
     if score < thresholds.uncertain_below:
-        return Status(State.UNCERTAIN, weak_frames)
-    return replace(status, weak_frames=weak_frames)
+        return Status(State.UNCERTAIN, weak_frames, unconfirmed)
+    return Status(status.state, weak_frames)

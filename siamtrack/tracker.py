@@ -44,6 +44,7 @@ class _Target:
 
     box_cxcywh: Box
     believed_cxcywh: Box  # the box of the last TRACKING frame: where the search starts when the target is lost
+    seen_cxcywh: Box  # that of the last frame that was not weak: where a second look is taken
     features: Features
     first_features: Features  # of the first frame, as nothing has renewed them
     status: Status
@@ -134,7 +135,7 @@ class SiamTracker:
         box = _cxcywh(check_box(box_xywh, width, height))
         features = self.runner.template(frame_bgr, self._template_window(box), mean_bgr(frame_bgr), box[2:])
         min_size = min(self.tracking.min_size_px, *box[2:])
-        self._target = _Target(box, box, features, features, Status(State.TRACKING), (height, width), min_size)
+        self._target = _Target(box, box, box, features, features, Status(State.TRACKING), (height, width), min_size)
         return self._track(self._target, 1.0)
 
     def update(self, frame_bgr: Image) -> Track:
@@ -158,21 +159,23 @@ class SiamTracker:
             (h0, w0), (h1, w1) = target.frame_size, frame_bgr.shape[:2]
             raise ValueError(f"frame size changed from {w0}x{h0} to {w1}x{h1}: call init with a box in the new frame")
         lost = target.status.state is State.LOST
-        windows = self._lost_windows(target) if lost else [self._window(_ahead(target))]
+        windows = self._lost_windows(target) if lost else self._windows(target)
         tuning = (self.tracking.penalty_k, 0.0 if lost else self.tracking.window_influence, 0.0)
         search_px = self.runner.bundle.manifest.crop.search_px
         size = np.array(target.box_cxcywh[2:])
         prev_size = np.array([size * search_px / w.width for w in windows], np.float32)
         result = self.runner.search(frame_bgr, windows, [target.features] * len(windows), prev_size, tuning)
         # A network that overflows must not poison the track: an answer that is no number is no evidence.
-        finite = np.isfinite(result.box_cxcywh).all(axis=1) & np.isfinite(result.score) & np.isfinite(result.penalty)
-        best = int(np.where(finite, result.score, -1.0).argmax())
+        usable = np.isfinite(result.box_cxcywh).all(axis=1) & np.isfinite(result.score) & np.isfinite(result.penalty)
+        if not lost:
+            usable[1:] &= result.score[1:] >= self._thresholds.lost_below
+        best = int(np.where(usable, result.score, -1.0).argmax())
         score, rate, found = 0.0, 0.0, target.box_cxcywh
-        if finite[best]:
+        if usable[best]:
             score = float(result.score[best])
             rate = float(result.penalty[best]) * score * self.tracking.size_rate
             found = _box(windows[best].to_image(_box(result.box_cxcywh[best]), search_px))
-        self._target = self._follow(replace(target, frame=target.frame + 1), found, score, rate)
+        self._target = self._follow(replace(target, frame=target.frame + 1), found, score, rate, elsewhere=best > 0)
         if self._may_renew(self._target, found, score):
             # A try counts, whatever comes of it: a model that cannot renew must not cost as much every frame.
             self._target = replace(self._target, renewed=self._target.frame)
@@ -198,9 +201,9 @@ class SiamTracker:
         self.reset()
         self.runner.close()
 
-    def _follow(self, target: _Target, found: Box, score: float, rate: float) -> _Target:
-        """The target after a frame in which `found` was the best box and had this score."""
-        status = advance(target.status, score, self._thresholds)
+    def _follow(self, target: _Target, found: Box, score: float, rate: float, elsewhere: bool) -> _Target:
+        """The target after a frame whose best box and score these were, not in the first window if `elsewhere`."""
+        status = advance(target.status, score, self._thresholds, elsewhere)
         if status.state is State.LOST:
             return target if target.status.state is State.LOST else self._lose(target)
         if status.state is not State.TRACKING:
@@ -213,7 +216,7 @@ class SiamTracker:
         )
         box = (cx, cy, w, h)
         velocity = (0.0, 0.0)  # a target found again starts anew
-        if target.status.state is not State.LOST:
+        if not elsewhere and target.status.state is not State.LOST:
             gain = self.tracking.motion_rate * score
             moved = (cx - target.box_cxcywh[0], cy - target.box_cxcywh[1])
             velocity = (
@@ -221,7 +224,9 @@ class SiamTracker:
                 target.velocity[1] + gain * (moved[1] - target.velocity[1]),
             )
         believed = box if status.state is State.TRACKING else target.believed_cxcywh
-        return replace(target, status=status, box_cxcywh=box, believed_cxcywh=believed, velocity=velocity, hunt=None)
+        seen = target.seen_cxcywh if status.weak_frames else box
+        target = replace(target, status=status, box_cxcywh=box, believed_cxcywh=believed, seen_cxcywh=seen)
+        return replace(target, velocity=velocity, hunt=None)
 
     def _lose(self, target: _Target) -> _Target:
         """Frames before a loss may have led astray: fall back to where the target was last believed, and to its start.
@@ -256,6 +261,17 @@ class SiamTracker:
         cx, cy, w, h = box_cxcywh
         spec = self.runner.bundle.manifest.crop
         return square_window(cx, cy, context_size(w, h, spec.context) * spec.search_px / spec.template_px)
+
+    def _windows(self, target: _Target) -> list[Window]:
+        """Where the target is expected. After a weak frame also, and wider, where it was last seen.
+
+        A box that follows weak evidence strays, and then its window may miss a target that comes back.
+        """
+        windows = [self._window(_ahead(target))]
+        if target.status.weak_frames and self.tracking.second_look and self.tracking.lost_windows > 1:
+            cx, cy, w, h = target.seen_cxcywh
+            windows.append(self._window((cx, cy, w * self.tracking.second_look, h * self.tracking.second_look)))
+        return windows
 
     def _hunt(self, box_cxcywh: Box, frame_size: tuple[int, int]) -> Iterator[Window]:
         height, width = frame_size

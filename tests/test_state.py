@@ -49,6 +49,32 @@ def test_sequence_of_states(start: State, scores: list[float], expected: str) ->
     assert run(start, scores) == expected
 
 
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        # Seen elsewhere in the second frame: weak until 0.4 is reached, then only under 0.2.
+        ([0.1, 0.3, 0.3], "UUL"),
+        ([0.1, 0.3, 0.39, 0.5], "UULL"),
+        ([0.1, 0.3, 0.4, 0.3, 0.3, 0.3, 0.5], "UUUUUUT"),
+        ([0.1, 0.3, 0.5, 0.3, 0.3, 0.3], "UUTUUU"),
+        ([0.1, 0.45, 0.3, 0.3, 0.3], "UUUUU"),
+        ([0.1, 0.9, 0.1, 0.1, 0.1], "UTUUL"),
+    ],
+)
+def test_what_was_seen_elsewhere_is_weak_until_confirmed(scores: list[float], expected: str) -> None:
+    status, letters = Status(State.TRACKING), ""
+    for frame, score in enumerate(scores):
+        status = advance(status, score, THRESHOLDS, elsewhere=frame == 1)
+        letters += LETTERS[status.state]
+    assert letters == expected
+
+
+def test_where_a_lost_target_is_found_does_not_matter() -> None:
+    for elsewhere in (False, True):
+        assert advance(Status(State.LOST), 0.6, THRESHOLDS, elsewhere) == Status(State.UNCERTAIN)
+        assert advance(Status(State.LOST), 0.5, THRESHOLDS, elsewhere) == Status(State.LOST)
+
+
 def test_one_weak_frame_is_enough_where_the_thresholds_say_so() -> None:
     assert run(State.TRACKING, [0.9, 0.19], dataclasses.replace(THRESHOLDS, lost_after=1)) == "TL"
 

@@ -218,6 +218,7 @@ class DASTSiamEdge(EdgeFeatures):
     names = ("fused",)
     update_rule = UPDATE_RULE
     learns_update = True
+    tracking = TrackingSpec(second_look=1.2)
 
     def __init__(self, config: DASTSiamEdgeConfig | None = None) -> None:
         config = config or DASTSiamEdgeConfig()

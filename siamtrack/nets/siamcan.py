@@ -153,7 +153,7 @@ class SiamCANEdge(EdgeFeatures):
     """
 
     tracking = TrackingSpec(  # by `evaluation.tune`, for a run of another seed than the shipped one
-        penalty_k=0.05, window_influence=0.274, size_rate=0.419, uncertain_rate=0.5, motion_rate=0.202
+        penalty_k=0.05, window_influence=0.274, size_rate=0.419, uncertain_rate=0.5, motion_rate=0.202, second_look=1.2
     )
     update_rule = UpdateSpec(min_score=0.6, interval=10)
     learns_update = False

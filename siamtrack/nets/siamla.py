@@ -186,7 +186,7 @@ class SiamLAEdge(EdgeFeatures):
     * Distances of ``32 exp(raw)``: a step of the coarser grid is 16 px.
     """
 
-    tracking = TrackingSpec(uncertain_rate=0.5)
+    tracking = TrackingSpec(uncertain_rate=0.5, second_look=1.2)
     template_names = ("kernel",)
 
     def __init__(self, config: SiamLAEdgeConfig | None = None) -> None:
