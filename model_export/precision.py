@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from model_export.bias_correction import correct_biases
+from model_export.byte_input import read_bytes
 
 DELICATE_OPERATIONS = frozenset(
     {
@@ -180,7 +181,7 @@ def to_fp16(model: onnx.ModelProto, keep_fp32: Collection[str] = ()) -> onnx.Mod
 def to_int8(
     model: onnx.ModelProto, feeds: Iterable[Feeds], scheme: Int8Scheme, keep_fp32: Collection[str] = ()
 ) -> onnx.ModelProto:
-    """A copy whose convolutions, both ends apart, are INT8 between explicit Q/DQ nodes, with `correct_biases`.
+    """A copy whose convolutions, both ends apart, are INT8 between explicit Q/DQ nodes; `read_bytes`, `correct_biases`.
 
     Args:
         model: with FP32 weights and named nodes.
@@ -225,6 +226,7 @@ def to_int8(
             },
         )
         converted = onnx.load(str(file))
+    read_bytes(converted)
     correct_biases(converted, model, feeds)
     converted.producer_name, converted.producer_version = model.producer_name, model.producer_version
     del converted.metadata_props[:]
