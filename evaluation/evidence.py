@@ -1,8 +1,8 @@
 """What a calibration goes by: scores of tracked frames with their IoU, and scores where the target is not.
 
-Frames are tracked without thresholds, which are yet to be chosen: all count as TRACKING, so sizes follow at full rate, no
-second look is taken (`uncertain_rate` and `second_look` have their part in `closed_loop`) and a template is renewed by its
-score alone. Targets are sought elsewhere with the template of their first frame.
+Frames are tracked without thresholds, which are yet to be chosen: all count as TRACKING, so sizes follow at full rate
+and no second look is taken (both have their part in `closed_loop`), and a template is renewed by its score alone.
+Targets are sought elsewhere with the template of their first frame.
 """
 
 from __future__ import annotations
