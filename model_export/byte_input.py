@@ -44,6 +44,7 @@ def read_bytes(model: onnx.ModelProto) -> bool:
     if mean.size != 1 or scale.size != 1 or zero_point.dtype != np.uint8:
         return False
 
+    mean, scale = mean.reshape(()), scale.reshape(())
     middle = np.rint(mean).clip(0, 255)
     weight, bias = (_dequantised(*(values[name] for name in node.input)) for node in inputs)
     bias_scale = scale * values[inputs[0].input[1]]  # as a sum of products of quantised inputs and weights has it
@@ -58,6 +59,9 @@ def read_bytes(model: onnx.ModelProto) -> bool:
     transpose.input[0], dequantise.input[0] = cast.input[0], transpose.output[0]
     for node in (cast, minus, times, quantise):
         model.graph.node.remove(node)
+    for name in (minus.input[1], times.input[1]):
+        if not any(name in node.input for node in model.graph.node):
+            model.graph.initializer.remove(constants[name])
     del model.graph.value_info[:]  # some say another type now
     return True
 

@@ -6,8 +6,8 @@ for long, and so bundles and engines of any precision take each other's.
 
 Kept in FP32 (`delicate_nodes`): what comes before the first convolution (the cast and normalisation of bytes) and
 after the last (decode, ranking and naive correlations, whose sums FP16 would cut); between them what turns a head's
-maps into boxes and sampling positions, and every operation of `DELICATE_OPERATIONS`. INT8 touches convolutions of the
-search graph only, without the heads' last ones; the graphs that run once a target or once an update cost little and set
+maps into boxes and sampling positions, and every operation of `DELICATE_OPERATIONS`. (In INT8 graphs for CPUs nothing of
+the normalisation is left: `model_export/byte_input.py`.) INT8 touches convolutions of the search graph only, without the heads' last ones; the graphs that run once a target or once an update cost little and set
 what everything else is compared with.
 """
 
@@ -181,7 +181,9 @@ def to_fp16(model: onnx.ModelProto, keep_fp32: Collection[str] = ()) -> onnx.Mod
 def to_int8(
     model: onnx.ModelProto, feeds: Iterable[Feeds], scheme: Int8Scheme, keep_fp32: Collection[str] = ()
 ) -> onnx.ModelProto:
-    """A copy whose convolutions, both ends apart, are INT8 between explicit Q/DQ nodes; `read_bytes`, `correct_biases`.
+    """A copy whose convolutions, both ends apart, are INT8 between explicit Q/DQ nodes.
+
+    It is then passed through `read_bytes` and `correct_biases`.
 
     Args:
         model: with FP32 weights and named nodes.

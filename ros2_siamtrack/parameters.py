@@ -134,8 +134,8 @@ PARAMETERS = (
     Parameter(
         "second_look",
         FROM_MODEL,
-        "after a weak frame also search where the target was last seen, in a window of so many ordinary widths, which "
-        "takes longer; 0 for never; -1: as the model says",
+        "after a weak frame also search where the target was last seen, in a window of so many ordinary widths, 1 to "
+        "2, which takes longer; 0 for never; -1: as the model says. Without effect where its lost_windows is 1",
         live=True,
         bounds=(FROM_MODEL, 2.0),
     ),
@@ -160,6 +160,8 @@ def refusal(name: str, value: Any) -> str:
         return f"engine_key_file must be a file, or empty for engines without a signature; there is no file {value!r}"
     if name in TRACKING_PARAMETERS and FROM_MODEL < value < 0:
         return f"{name} must be at least 0, or {FROM_MODEL:g} for the model's own value, got {value:g}"
+    if name == "second_look" and 0 < value < 1:
+        return f"second_look must be at least 1, 0 for none, or {FROM_MODEL:g} for the model's own value, got {value:g}"
     return ""
 
 

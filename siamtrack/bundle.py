@@ -122,10 +122,10 @@ class TrackingSpec:
             search window is centred where the target will be at this velocity; 0 centres it where the target was.
         min_size_px: the box never gets thinner than this, unless it was so at the start.
         lost_windows: windows searched a frame while LOST, the place of loss among them.
-        second_look: width of a second window that is searched after a weak frame (score under `lost_below`), round the
-            box of the last frame that was not, in widths of the ordinary window, 0..2. What it shows counts if it
-            scores more and at least `lost_below`; frames are weak then until one reaches `uncertain_below`. 0 for none,
-            as published; nor is there one where `lost_windows` is 1.
+        second_look: width of a second window that is searched after a weak frame (see `siamtrack.state.advance`), round
+            the box of the last frame that was not weak, in widths of the ordinary window, 1..2. What it shows counts if
+            it scores more and at least `lost_below`. 0 for none, as published; nor is there one where `lost_windows` is
+            1.
     """
 
     penalty_k: float = 0.06
@@ -147,8 +147,8 @@ class TrackingSpec:
             raise ValueError(f"min_size_px must be at least 1, got {self.min_size_px}")
         if self.lost_windows < 1:
             raise ValueError(f"lost_windows must be at least 1, got {self.lost_windows}")
-        if not 0 <= self.second_look <= 2:
-            raise ValueError(f"second_look must be in [0, 2], got {self.second_look}")
+        if self.second_look != 0 and not 1 <= self.second_look <= 2:
+            raise ValueError(f"second_look must be 0 or in [1, 2], got {self.second_look}")
 
 
 @dataclass(frozen=True)

@@ -73,13 +73,15 @@ class Status:
 def advance(status: Status, score: float, thresholds: Thresholds, elsewhere: bool = False) -> Status:
     """The status after a frame with this score.
 
-    What was seen elsewhere may be a look-alike, so until it is confirmed its frames are weak ones.
+    What was seen elsewhere may be a look-alike: it is UNCERTAIN at first, and until a score of `uncertain_below`
+    confirms it, its frames are weak ones.
 
     Args:
         status: before the frame; IDLE stays IDLE.
         score: raw confidence of the frame's best cell, in [0, 1].
         thresholds: see `Thresholds`.
-        elsewhere: the best cell is not where the target was expected, but where it was last seen.
+        elsewhere: the best cell is not where the target was expected, but where it was last seen. Without meaning while
+            LOST.
     """
     if status.state is State.IDLE:
         return status
@@ -89,8 +91,6 @@ def advance(status: Status, score: float, thresholds: Thresholds, elsewhere: boo
     weak_frames = status.weak_frames + 1 if unconfirmed or score < thresholds.lost_below else 0
     if weak_frames >= thresholds.lost_after:
         return Status(State.LOST)
-    if score >= thresholds.tracking_above:
-        return Status(State.TRACKING)
-    if score < thresholds.uncertain_below:
+    if elsewhere or score < thresholds.uncertain_below:
         return Status(State.UNCERTAIN, weak_frames, unconfirmed)
-    return Status(status.state, weak_frames)
+    return Status(State.TRACKING if score >= thresholds.tracking_above else status.state)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from siamtrack.boxes import clip_xywh, cxcywh_to_xywh, xywh_to_cxcywh
+from siamtrack.boxes import clip_xywh, cxcywh_to_xywh, iou_xywh, xywh_to_cxcywh
 from siamtrack.bundle import TrackingSpec, UpdateSpec, load_bundle
 from siamtrack.crop import Image, Window, context_size, mean_bgr, square_window
 from siamtrack.lost import search_windows
@@ -18,6 +18,8 @@ from siamtrack.runners import EngineOptions, Features, Runner, open_runner
 from siamtrack.state import State, Status, advance
 
 Box = tuple[float, float, float, float]
+
+SAME_PLACE = 0.3  # IoU with the box expected from which on a second look has seen the target there
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,8 @@ class SiamTracker:
             score = float(result.score[best])
             rate = float(result.penalty[best]) * score * self.tracking.size_rate
             found = _box(windows[best].to_image(_box(result.box_cxcywh[best]), search_px))
-        self._target = self._follow(replace(target, frame=target.frame + 1), found, score, rate, elsewhere=best > 0)
+        elsewhere = best > 0 and _overlap(found, _ahead(target)) < SAME_PLACE
+        self._target = self._follow(replace(target, frame=target.frame + 1), found, score, rate, elsewhere)
         if self._may_renew(self._target, found, score):
             # A try counts, whatever comes of it: a model that cannot renew must not cost as much every frame.
             self._target = replace(self._target, renewed=self._target.frame)
@@ -202,7 +205,7 @@ class SiamTracker:
         self.runner.close()
 
     def _follow(self, target: _Target, found: Box, score: float, rate: float, elsewhere: bool) -> _Target:
-        """The target after a frame whose best box and score these were, not in the first window if `elsewhere`."""
+        """The target after a frame whose best box and score these were, not where it was expected if `elsewhere`."""
         status = advance(target.status, score, self._thresholds, elsewhere)
         if status.state is State.LOST:
             return target if target.status.state is State.LOST else self._lose(target)
@@ -338,6 +341,10 @@ def _ahead(target: _Target) -> Box:
     height, width = target.frame_size
     x, y = cx + target.velocity[0], cy + target.velocity[1]
     return min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height)), w, h
+
+
+def _overlap(box_cxcywh: Box, other_cxcywh: Box) -> float:
+    return float(iou_xywh(cxcywh_to_xywh(box_cxcywh), cxcywh_to_xywh(other_cxcywh)))
 
 
 def _box(values: Sequence[float] | NDArray[np.floating]) -> Box:

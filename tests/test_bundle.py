@@ -180,6 +180,7 @@ def test_other_schema_version(folder: Path, content: object, came: str) -> None:
         (lambda m: m["tracking"].update(penalty_k=-1), r"\.tracking: penalty_k .*got -1"),
         (lambda m: m["tracking"].update(min_size_px=0), r"\.tracking: min_size_px .*got 0"),
         (lambda m: m["tracking"].update(second_look=2.5), r"\.tracking: second_look .*got 2\.5"),
+        (lambda m: m["tracking"].update(second_look=0.5), r"\.tracking: second_look .*0 or in \[1, 2\], got 0\.5"),
         (lambda m: m["tracking"].update(lost_windows=0), r"\.tracking: lost_windows .*got 0"),
         (lambda m: m["graphs"].pop("search"), "no search graph; export the model again"),
         (lambda m: m["graphs"].pop("template"), "no template graph; export the model again"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -138,7 +139,11 @@ def test_open_runner(default_bundle: Bundle) -> None:
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores cannot be told apart here")
 def test_helper_threads_have_cores_of_their_own(default_bundle: Bundle) -> None:
     def bindings() -> dict[int, set[int]]:
-        return {int(t.name): os.sched_getaffinity(int(t.name)) for t in Path("/proc/self/task").iterdir()}
+        found = {}
+        for thread in (int(task.name) for task in Path("/proc/self/task").iterdir()):
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                found[thread] = os.sched_getaffinity(thread)
+        return found
 
     cores = sorted(os.sched_getaffinity(0))
     with OnnxRuntimeRunner(default_bundle, threads=len(cores) + 1) as runner:

@@ -58,7 +58,8 @@ def test_sequence_of_states(start: State, scores: list[float], expected: str) ->
         ([0.1, 0.3, 0.4, 0.3, 0.3, 0.3, 0.5], "UUUUUUT"),
         ([0.1, 0.3, 0.5, 0.3, 0.3, 0.3], "UUTUUU"),
         ([0.1, 0.45, 0.3, 0.3, 0.3], "UUUUU"),
-        ([0.1, 0.9, 0.1, 0.1, 0.1], "UTUUL"),
+        ([0.1, 0.9, 0.3, 0.3, 0.3], "UUUUU"),
+        ([0.1, 0.9, 0.9, 0.1, 0.1, 0.1], "UUTUUL"),
     ],
 )
 def test_what_was_seen_elsewhere_is_weak_until_confirmed(scores: list[float], expected: str) -> None:

@@ -17,7 +17,7 @@ from siamtrack.runners import BACKENDS, EngineOptions, facts_of, open_runner
 from siamtrack.runners import tensorrt as tensorrt_runner
 from siamtrack.runners.cuda.device import CudaError
 from siamtrack.runners.onnxruntime import OnnxRuntimeRunner
-from siamtrack.runners.tensorrt import TensorRTEngine
+from siamtrack.runners.tensorrt import TensorRTEngine, TensorRTRunner
 from tests.host_cuda import HostDevice, onnx_engines
 
 
@@ -248,3 +248,30 @@ def test_the_tensorrt_runner_says_what_runs_and_takes_its_batch_from_the_model(
     assert said.startswith(
         "siamcan-mobilenetv2 runs on backend tensorrt-rtx, binding host memory, CUDA graphs replayed"
     )
+
+
+@pytest.mark.parametrize(("lost_windows", "wanted"), [(1, {1}), (2, {1, 2}), (5, {1, 2, 5})])
+def test_every_usual_number_of_windows_is_prepared(
+    default_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, lost_windows: int, wanted: set[int]
+) -> None:
+    manifest = default_bundle.manifest
+    tracking = dataclasses.replace(manifest.tracking, lost_windows=lost_windows)
+    bundle = dataclasses.replace(default_bundle, manifest=dataclasses.replace(manifest, tracking=tracking))
+    device = HostDevice()
+    found = types.SimpleNamespace(manifest=types.SimpleNamespace(flavour="", version="", precision=""))
+    found.folder = Path("engines/a-key")
+    monkeypatch.setattr(tensorrt_runner, "runtime_info", lambda flavour: types.SimpleNamespace(flavour=""))
+    monkeypatch.setattr(tensorrt_runner, "load_tensorrt", lambda flavour: None)
+    monkeypatch.setattr(tensorrt_runner, "open_engines", lambda *_: found)
+    monkeypatch.setattr(tensorrt_runner, "CudaDevice", lambda: device)
+    monkeypatch.setattr(tensorrt_runner, "load_engines", lambda *_: onnx_engines(bundle, device))
+    searched: set[int] = set()
+    search = TensorRTRunner.search
+
+    def record(self: TensorRTRunner, image: Any, windows: Any, *rest: Any) -> Any:
+        searched.add(len(windows))
+        return search(self, image, windows, *rest)
+
+    monkeypatch.setattr(TensorRTRunner, "search", record)
+    with TensorRTRunner(bundle, trial=False):
+        assert searched == wanted

@@ -237,13 +237,16 @@ def test_no_second_look_is_taken_where_none_is_wanted(setting: dict[str, Any]) -
     assert [len(windows) for windows in tracker.runner.windows] == [1]
 
 
-def seen(tracker: SiamTracker, expected: float, elsewhere: float) -> Track:
-    """The next frame: a score where the target is expected, and one in the second window."""
-    widths: list[int] = []
+def seen(tracker: SiamTracker, expected: float, elsewhere: Answer | float) -> Track:
+    """The next frame: what is found where the target is expected, in the window's middle, and in the second window.
+
+    A score alone stands for a find in the middle.
+    """
+    answers = iter([expected, elsewhere])
 
     def answer(window: Window) -> Answer:
-        widths.append(window.width)
-        return (*centre_of(window), 24, 20), expected if len(widths) == 1 else elsewhere
+        given = next(answers)
+        return given if isinstance(given, tuple) else ((*centre_of(window), 24, 20), given)
 
     tracker.runner.answer = answer
     return tracker.update(FRAME)
@@ -251,20 +254,30 @@ def seen(tracker: SiamTracker, expected: float, elsewhere: float) -> Track:
 
 @pytest.mark.parametrize(
     ("expected", "elsewhere", "goes_back"),
-    [(0.1, 0.3, True), (0.1, 0.19, False), (0.35, 0.3, False), (0.05, 0.1, False), (math.nan, 0.3, True)],
+    [
+        (0.1, 0.3, True),
+        (0.1, 0.19, False),
+        (0.35, 0.3, False),
+        (0.05, 0.1, False),
+        (math.nan, 0.3, True),
+        (0.1, math.nan, False),
+        (0.1, ((math.nan, 90, 24, 20), 0.9), False),
+    ],
 )
-def test_a_second_look_counts_if_it_is_better_and_not_weak(expected: float, elsewhere: float, goes_back: bool) -> None:
+def test_a_second_look_counts_if_it_is_better_and_not_weak(
+    expected: float, elsewhere: Answer | float, goes_back: bool
+) -> None:
     track = seen(strayed(), expected, elsewhere)
     x, y, w, h = track.box_xywh
     assert (x + w / 2, y + h / 2) == pytest.approx(CENTRE if goes_back else (152, 90), abs=0.6)
     assert track.score == pytest.approx(elsewhere if goes_back else expected)
 
 
-def test_a_target_seen_elsewhere_has_no_velocity_there() -> None:
+def test_a_target_seen_elsewhere_is_uncertain_and_has_no_velocity_there() -> None:
     tracker = strayed()
     tracker.tracking = dataclasses.replace(tracker.tracking, motion_rate=1.0)
-    seen(tracker, 0.1, 0.9)
-    play(tracker, 0.9)
+    assert seen(tracker, 0.1, 0.9).state is State.UNCERTAIN
+    assert names(play(tracker, 0.9)) == "T"
     assert centre_of(tracker.runner.windows[-1][0]) == pytest.approx(CENTRE, abs=0.6)
 
 
@@ -275,6 +288,33 @@ def test_a_look_alike_seen_elsewhere_does_not_put_off_the_loss() -> None:
     tracker = strayed()
     seen(tracker, 0.1, 0.3)
     assert names(play(tracker, 0.45, 0.3, 0.3, 0.3)) == "UUUU"  # confirmed
+
+
+def test_until_it_is_confirmed_the_target_is_looked_for_where_it_was_before() -> None:
+    tracker = strayed()
+    seen(tracker, 0.1, ((130, 110, 24, 20), 0.3))
+    assert seen(tracker, 0.1, 0.19).state is State.LOST
+    tracker = strayed()
+    seen(tracker, 0.1, ((130, 110, 24, 20), 0.45))
+    play(tracker, 0.1, at=(130.0, 110.0))
+    assert len(tracker.runner.windows[-1]) == 1
+    play(tracker, 0.1)
+    assert centre_of(tracker.runner.windows[-1][1]) == pytest.approx((130, 110), abs=0.6)
+
+
+def test_a_second_look_may_find_the_target_where_it_is_expected() -> None:
+    tracker = strayed()
+    tracker.tracking = dataclasses.replace(tracker.tracking, motion_rate=1.0)
+    assert seen(tracker, 0.3, ((155, 91, 24, 20), 0.31)).box_xywh[0] == pytest.approx(155 - 12, abs=0.6)
+    assert names(play(tracker, 0.3, 0.3, 0.3)) == "UUU"  # nothing to confirm: none of these frames is weak
+    assert centre_of(tracker.runner.windows[1][0])[0] > 155.5  # it is taken for movement
+
+
+def test_a_lost_target_has_nothing_to_confirm() -> None:
+    tracker = strayed()
+    seen(tracker, 0.1, 0.3)
+    tracker.mark_lost()
+    assert names(play(tracker, 0.7, 0.3, 0.3, 0.3)) == "UUUU"
 
 
 def test_no_place_is_preferred_while_lost() -> None:

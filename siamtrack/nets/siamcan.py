@@ -152,7 +152,7 @@ class SiamCANEdge(EdgeFeatures):
       cross-entropy, and the cell nearest to the centre always positive, or a small target would have none.
     """
 
-    tracking = TrackingSpec(  # by `evaluation.tune`, for a run of another seed than the shipped one
+    tracking = TrackingSpec(  # four by `evaluation.tune`, for another seed than the shipped one; see the model card
         penalty_k=0.05, window_influence=0.274, size_rate=0.419, uncertain_rate=0.5, motion_rate=0.202, second_look=1.2
     )
     update_rule = UpdateSpec(min_score=0.6, interval=10)

@@ -69,7 +69,7 @@ class TensorRTRunner(CudaRunner):
         except BaseException:
             device.close()
             raise
-        often = sorted({1, min(2, lost_windows), lost_windows})  # following, a second look, while LOST
+        often = (1, min(2, lost_windows), lost_windows)  # following, a second look, while LOST
         super().__init__(bundle, device, loaded, max_batch, often, response, graphs)
         logger.info("%s runs on %s", bundle.manifest.model, ", ".join(f"{k} {v}" for k, v in self.facts.items()))
 

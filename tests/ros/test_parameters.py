@@ -36,6 +36,8 @@ def set_remotely(rig: Rig, **values: Any) -> list[Any]:
         ("penalty_k", -0.5, "penalty_k must be at least 0, or -1 for the model's own value, got -0.5"),
         ("window_influence", 1.5, "out of range"),
         ("size_rate", -0.1, "size_rate must be at least 0"),
+        ("second_look", 0.5, "second_look must be at least 1, 0 for none, or -1 for the model's own value, got 0.5"),
+        ("second_look", 2.5, "out of range"),
         ("model", "other", "read-only"),
         ("backend", "onnxruntime", "read-only"),
         ("precision", "fp32", "read-only"),
@@ -60,11 +62,13 @@ def test_changed_while_it_runs(rig: Rig) -> None:
     assert rig.worker.settle()
     own = tracker[0].runner.bundle.manifest.tracking
     assert tracker[0].tracking == own
-    results = set_remotely(rig, penalty_k=0.2, window_influence=0.1, size_rate=0.5, timeout_s=3.0, debug_image_hz=5.0)
+    results = set_remotely(
+        rig, penalty_k=0.2, window_influence=0.1, size_rate=0.5, second_look=0.0, timeout_s=3.0, debug_image_hz=5.0
+    )
     assert all(result.successful for result in results)
     assert rig.worker.settle()
     now = tracker[0].tracking
-    assert (now.penalty_k, now.window_influence, now.size_rate) == (0.2, 0.1, 0.5)
+    assert (now.penalty_k, now.window_influence, now.size_rate, now.second_look) == (0.2, 0.1, 0.5, 0)
     assert set_remotely(rig, penalty_k=-1.0, window_influence=-1.0)[0].successful
     assert rig.worker.settle()
     now = tracker[0].tracking
