@@ -4,11 +4,11 @@ TensorRT builds such graphs strongly typed, so every runtime computes with the t
 outputs keep the types of the bundle contract, template tensors among them: FP32. They are small, a target keeps them
 for long, and so bundles and engines of any precision take each other's.
 
-Kept in FP32 (`delicate_nodes`): what comes before the first convolution (the cast and normalisation of bytes) and
-after the last (decode, ranking and naive correlations, whose sums FP16 would cut); between them what turns a head's
-maps into boxes and sampling positions, and every operation of `DELICATE_OPERATIONS`. (In INT8 graphs for CPUs nothing of
-the normalisation is left: `model_export/byte_input.py`.) INT8 touches convolutions of the search graph only, without the heads' last ones; the graphs that run once a target or once an update cost little and set
-what everything else is compared with.
+Kept in FP32 (`delicate_nodes`): what comes before the first convolution (the cast and normalisation of bytes, of which
+`model_export/byte_input.py` leaves nothing in INT8 graphs for CPUs) and after the last (decode, ranking and naive
+correlations, whose sums FP16 would cut); between them what turns a head's maps into boxes and sampling positions, and
+every operation of `DELICATE_OPERATIONS`. INT8 touches convolutions of the search graph only, without the heads' last
+ones; the graphs that run once a target or once an update cost little and set what everything else is compared with.
 """
 
 from __future__ import annotations
