@@ -56,6 +56,7 @@ class _Target:
     frame: int = 0
     renewed: int = 0  # frame of the last try to renew the template
     hunt: Iterator[Window] | None = None  # further windows to search while LOST
+    glimpse: Window | None = None  # where something was seen while LOST that was not enough to be found
 
 
 class SiamTracker:
@@ -208,7 +209,11 @@ class SiamTracker:
         """The target after a frame whose best box and score these were, not where it was expected if `elsewhere`."""
         status = advance(target.status, score, self._thresholds, elsewhere)
         if status.state is State.LOST:
-            return target if target.status.state is State.LOST else self._lose(target)
+            if target.status.state is not State.LOST:
+                return self._lose(target)
+            # Too little to be found, but not weak: looked at once more, from nearer, before the search passes by.
+            glimpsed = score >= self._thresholds.lost_below
+            return replace(target, glimpse=self._window((*found[:2], *target.box_cxcywh[2:])) if glimpsed else None)
         if status.state is not State.TRACKING:
             rate *= self.tracking.uncertain_rate
         height, width = target.frame_size
@@ -229,7 +234,7 @@ class SiamTracker:
         believed = box if status.state is State.TRACKING else target.believed_cxcywh
         seen = target.seen_cxcywh if status.weak_frames else box
         target = replace(target, status=status, box_cxcywh=box, believed_cxcywh=believed, seen_cxcywh=seen)
-        return replace(target, velocity=velocity, hunt=None)
+        return replace(target, velocity=velocity, hunt=None, glimpse=None)
 
     def _lose(self, target: _Target) -> _Target:
         """Frames before a loss may have led astray: fall back to where the target was last believed, and to its start.
@@ -283,9 +288,11 @@ class SiamTracker:
         return windows
 
     def _lost_windows(self, target: _Target) -> list[Window]:
-        """The place of loss, and the next tiles of the growing search."""
+        """The place of loss, that of a glimpse, and the next tiles of the growing search."""
         assert target.hunt is not None
-        return [self._window(target.box_cxcywh), *itertools.islice(target.hunt, self.tracking.lost_windows - 1)]
+        windows = [self._window(target.box_cxcywh), *([target.glimpse] if target.glimpse else [])]
+        more = max(self.tracking.lost_windows - len(windows), 0)
+        return [*windows, *itertools.islice(target.hunt, more)][: self.tracking.lost_windows]
 
     @staticmethod
     def _track(target: _Target, score: float) -> Track:

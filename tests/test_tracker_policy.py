@@ -317,6 +317,27 @@ def test_a_lost_target_has_nothing_to_confirm() -> None:
     assert names(play(tracker, 0.7, 0.3, 0.3, 0.3)) == "UUUU"
 
 
+@pytest.mark.parametrize(("score", "again"), [(0.19, False), (0.25, True), (0.59, True)])
+def test_a_glimpse_of_a_lost_target_is_looked_at_once_more(score: float, again: bool) -> None:
+    tracker = lost(lost_windows=2)
+    play(tracker, 0.1)
+    assert seen(tracker, 0.1, ((200.0, 150.0, 24, 20), score)).state is State.LOST
+    play(tracker, 0.1)
+    play(tracker, 0.1)
+    place, tile = tracker.runner.windows[2]
+    assert (centre_of(tile) == pytest.approx((200, 150), abs=0.5)) == again
+    assert tile.width == place.width
+    assert centre_of(tracker.runner.windows[3][1]) != centre_of(tile)  # once
+    assert {len(windows) for windows in tracker.runner.windows} == {2}
+
+
+def test_a_glimpse_at_the_place_of_loss_takes_no_window_more_than_there_are() -> None:
+    tracker = lost(lost_windows=1)
+    play(tracker, 0.5, 0.1)
+    assert [len(windows) for windows in tracker.runner.windows] == [1, 1]
+    assert tracker.runner.windows[0] == tracker.runner.windows[1]
+
+
 def test_no_place_is_preferred_while_lost() -> None:
     tracker = scripted(window_influence=0.3)
     play(tracker, 0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.7, 0.9)
