@@ -211,8 +211,8 @@ class SiamTracker:
         if status.state is State.LOST:
             if target.status.state is not State.LOST:
                 return self._lose(target)
-            # Too little to be found, but not weak: looked at once more, from nearer, before the search passes by.
-            glimpsed = score >= self._thresholds.lost_below
+            # Too little to be found, but not little: looked at once more, from nearer, before the search passes by.
+            glimpsed = score >= self._thresholds.uncertain_below
             return replace(target, glimpse=self._window((*found[:2], *target.box_cxcywh[2:])) if glimpsed else None)
         if status.state is not State.TRACKING:
             rate *= self.tracking.uncertain_rate

@@ -317,7 +317,7 @@ def test_a_lost_target_has_nothing_to_confirm() -> None:
     assert names(play(tracker, 0.7, 0.3, 0.3, 0.3)) == "UUUU"
 
 
-@pytest.mark.parametrize(("score", "again"), [(0.19, False), (0.25, True), (0.59, True)])
+@pytest.mark.parametrize(("score", "again"), [(0.19, False), (0.39, False), (0.41, True), (0.59, True)])
 def test_a_glimpse_of_a_lost_target_is_looked_at_once_more(score: float, again: bool) -> None:
     tracker = lost(lost_windows=2)
     play(tracker, 0.1)
