@@ -19,6 +19,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from siamtrack.runners.onnxruntime import REWRITES_WEIGHTS
+
 CORRECTED = frozenset({"BatchNormalization", "Conv"})
 BIAS = 2  # which input of them it is
 
@@ -78,6 +80,8 @@ def channel_means(
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(opened.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        opened.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=REWRITES_WEIGHTS
+    )
     runs = [session.run(list(names), feed) for feed in feeds]
     return [np.mean([v.mean(axis=(0, 2, 3)) for v in values], axis=0) for values in zip(*runs, strict=True)]

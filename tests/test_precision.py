@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,23 @@ def test_a_bias_that_two_nodes_share_is_left_alone() -> None:
     model = two_convolutions(*tail, outputs=["d"], w=w, bias=b)
     converted = to_int8(model, [X], INT8_SCHEMES["tensorrt"], keep_fp32=["third", "fourth"])
     assert not next(numpy_helper.to_array(t) for t in converted.graph.initializer if t.name == "bias").any()
+
+
+def test_weights_kept_in_fp32_are_run_in_fp32(
+    search: onnx.ModelProto, feeds: list[Feeds], default_bundle: Bundle, tmp_path: Path
+) -> None:
+    """Those of a depthwise convolution between INT8 ones, whose size differs much between channels."""
+    depthwise = [node for node in search.graph.node if node.op_type == "Conv"][1]
+    converted = to_int8(search, feeds, INT8_SCHEMES["onnxruntime"], keep_fp32=[depthwise.name])
+    means = (channel_means(model, depthwise.output, feeds[:1])[0] for model in (search, converted))
+    np.testing.assert_allclose(*means, atol=0.004)
+
+    folder = shutil.copytree(default_bundle.path, tmp_path / "bundle")
+    onnx.save(converted, folder / default_bundle.manifest.int8["search"].file)
+    with OnnxRuntimeRunner(Bundle(folder, default_bundle.manifest), threads=1, precision="int8") as runner:
+        for feed in feeds:
+            response = runner.session("search").run(["response"], feed)[0]
+            assert np.abs(response - run(search, feed)[3]).max() < 0.05
 
 
 def test_int8_needs_something_to_quantise_and_crops(search: onnx.ModelProto) -> None:

@@ -18,6 +18,9 @@ from siamtrack.crop import Image, Window, crop
 from siamtrack.runners import Features, SearchResult, Size, cpu_precision, size_in_crop
 
 TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "uint8": "tensor(uint8)"}
+REWRITES_WEIGHTS = ["WeightBiasQuantization"]
+"""Optimisers of ONNX Runtime to do without: this one rounds weights that an INT8 graph keeps in FP32, one scale for all
+channels (of a depthwise convolution it leaves little)."""
 
 
 class OnnxRuntimeRunner:
@@ -167,7 +170,9 @@ def _join(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 def _open(path: Path, graph: GraphSpec, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=REWRITES_WEIGHTS
+        )
     except Exception as error:  # ONNX Runtime raises its own unrelated exception classes
         raise BundleError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}") from error
     for side, nodes, specs in (
