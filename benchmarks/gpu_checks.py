@@ -29,8 +29,8 @@ from model_export.crops import random_pairs
 from siamtrack import SiamTracker
 from siamtrack.benchmark import resident_memory_mib
 from siamtrack.bundle import Bundle
-from siamtrack.crop import Window, crop
-from siamtrack.runners import Runner
+from siamtrack.crop import Image, Window, crop
+from siamtrack.runners import Features, Runner
 from siamtrack.runners.cuda.device import OutOfMemory
 from siamtrack.runners.cuda.driver import CudaDevice
 from siamtrack.runners.cuda.runner import KERNELS, THREADS
@@ -238,25 +238,34 @@ def check_replay(table: Table, subject: str, opener: Opener) -> None:
 
 
 def _frames(runner: Runner, targets: int, count: int = 40) -> list[Any]:
-    """Results over moving windows that also change the size of the upload."""
+    """Results over moving windows that also change the size of the upload; templates are renewed on the way."""
     images = camera((1280, 720), 4)
     features = [runner.template(images[0], Window(50 * i, 30 * i, 120, 120), FILL, (60, 50)) for i in range(targets)]
     prev_size = np.full((targets, 2), 60, np.float32)
     results = []
     for turn, windows in enumerate(moving_windows((1280, 720), targets, 300, count)):
         side = (40, 223, 300, 700)[turn % 4]
+        if turn % 4 == 3:
+            _renew(runner, images[turn % 4], features, turn)
         resized = [Window(w.left, w.top, side, side) for w in windows]
         results.append(runner.search(images[turn % 4], resized, features, prev_size, TUNING))
     return results
 
 
+def _renew(runner: Runner, image: Image, features: list[Features], turn: int) -> None:
+    """Renew the template of one target after the other, where the model can."""
+    if "update" in runner.bundle.manifest.graphs:
+        which = turn // 4 % len(features)
+        features[which] = runner.update(image, Window(20 * which, turn % 50, 100, 100), features[which])
+
+
 def check_memory(table: Table, subject: str, opener: Opener, frames: int) -> None:
-    """Device and host memory over many frames, with targets coming and going."""
+    """Device and host memory over many frames, with targets coming and going and templates renewed."""
     with opener(max_batch=4) as runner:
         images = camera((1280, 720), 4)
         windows = moving_windows((1280, 720), 4, 300, 500)
         prev_size = np.full((4, 2), 60, np.float32)
-        features: list[Any] = []
+        features: list[Features] = []
 
         def play(count: int) -> None:
             for turn in range(count):
@@ -264,6 +273,8 @@ def check_memory(table: Table, subject: str, opener: Opener, frames: int) -> Non
                     features[:] = [
                         runner.template(images[0], Window(50 * i, 30 * i, 90, 90), FILL, (45, 40)) for i in range(4)
                     ]
+                if turn % 4 == 3:
+                    _renew(runner, images[turn % 4], features, turn)
                 n = (1, 2, 4)[turn % 3]
                 these = windows[turn % len(windows)][:n]
                 runner.search(images[turn % 4], these, features[:n], prev_size[:n], TUNING)
@@ -405,7 +416,7 @@ def check_interrupt(table: Table, model: str, scratch: Path) -> None:
 INTERRUPTED = """
 import sys
 from pathlib import Path
-from benchmarks.gpu_check import _frames
+from benchmarks.gpu_checks import _frames
 from benchmarks.gpu_latency import export_random, network
 from benchmarks.gpu_torch import torch_engines
 from siamtrack.runners.cuda.driver import CudaDevice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import importlib.util
 import itertools
@@ -20,6 +21,7 @@ from benchmarks.gpu_checks import Table
 from benchmarks.gpu_latency import Case, camera, format_totals, moving_windows, percentiles, time_frames
 from siamtrack import Bundle
 from siamtrack.gpu import GpuInfo
+from siamtrack.runners import Features
 from siamtrack.runners.cuda.device import CudaError
 from siamtrack.runners.cuda.runner import CudaRunner
 from tests.host_cuda import HostDevice, HostEngine, onnx_engines
@@ -153,6 +155,32 @@ def test_checks_pass_on_a_runner_that_is_right(default_bundle: Bundle, opener: A
     gpu_checks.check_memory(table, "host", quick_opener, frames=30)
     gpu_checks.check_threads(table, "host", quick_opener)
     assert results(table) == ["pass"] * 4, table.text()
+
+
+def test_replay_and_memory_renew_templates(quick_opener: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    renewed = []
+
+    def update(runner: CudaRunner, *args: Any) -> Features:
+        renewed.append(runner)
+        return plain(runner, *args)
+
+    plain = CudaRunner.update
+    monkeypatch.setattr(CudaRunner, "update", update)
+    table = Table()
+    gpu_checks.check_replay(table, "host", quick_opener)
+    assert len(set(renewed)) == 2
+    assert len(renewed) == 2 * 30  # 10 in the 40 frames of each number of targets
+    gpu_checks.check_memory(table, "host", quick_opener, frames=30)
+    assert len(set(renewed)) == 3
+    assert results(table) == ["pass"] * 2, table.text()
+
+
+def test_what_is_interrupted_can_be_run() -> None:
+    """A process of its own plays it, and only on a GPU: what it imports must be there."""
+    for node in ast.walk(ast.parse(gpu_checks.INTERRUPTED)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
 
 
 def test_parity_fails_where_boxes_are_off(default_bundle: Bundle, opener: Any) -> None:
