@@ -1,126 +1,30 @@
-"""How a tracker acts on what a network says: box, states, search, template updates. The network is a script."""
+"""How a tracker acts on what a network says: box, states, search. The network is a script."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 import pytest
 
-from siamtrack import Bundle, SiamTracker, State, Track
-from siamtrack.bundle import CropSpec, GridSpec, Manifest, ScoreSpec, TrackingSpec, UpdateSpec
-from siamtrack.crop import Window, context_size
-from siamtrack.runners import Features, SearchResult
-from siamtrack.state import Thresholds
-
-WIDTH, HEIGHT = 320, 240
-FRAME = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-START = (100.0, 80.0, 24.0, 20.0)  # xywh
-CENTRE = (112.0, 90.0)
-THRESHOLDS = Thresholds(tracking_above=0.5, uncertain_below=0.4, lost_below=0.2, lost_after=3, found_above=0.6)
-Answer = tuple[tuple[float, float, float, float], float]  # cx, cy, w, h in image pixels, and the score
-
-
-class ScriptedRunner:
-    """A `siamtrack.runners.Runner` that answers what the test says and writes down what it was asked.
-
-    `answer` is called for each window and may be replaced between frames.
-    """
-
-    def __init__(self, update: UpdateSpec | None = None) -> None:
-        score = ScoreSpec("what the script says", THRESHOLDS)
-        grid = GridSpec(16, 16, 0.5)
-        self.bundle = Bundle(
-            Path("no folder"),
-            Manifest(1, "script", {}, CropSpec(127, 255), grid, score, "none", TrackingSpec(), update),
-        )
-        self.last_timing: dict[str, float] = {}
-        self.helper_cores: frozenset[int] = frozenset()
-        self.answer: Callable[[Window], Answer] = lambda window: ((*CENTRE, 24, 20), 0.9)
-        self.windows: list[list[Window]] = []
-        self.influence: list[float] = []
-        self.sizes: list[np.ndarray] = []  # [N, 2] a frame, previous size in image pixels
-        self.renewed: list[Window] = []
-        self.sought: list[Features] = []  # the features of each frame
-        self.closed = False
-
-    def update(self, image: np.ndarray, window: Window, features: Features) -> Features:
-        self.renewed.append(window)
-        return dataclasses.replace(features, tensors=(*features.tensors, window))
-
-    def template(
-        self,
-        image: np.ndarray,
-        window: Window,
-        fill_bgr: tuple[float, float, float],
-        size: tuple[float, float] | None = None,
-    ) -> Features:
-        self.size = size
-        return Features((window,), fill_bgr)
-
-    def search(
-        self,
-        image: np.ndarray,
-        windows: Sequence[Window],
-        features: Sequence[Features],
-        prev_size: np.ndarray,
-        tuning: tuple[float, float, float],
-    ) -> SearchResult:
-        assert len(windows) == len(features) and prev_size.shape == (len(windows), 2)
-        self.windows.append(list(windows))
-        self.sought.append(features[0])
-        self.influence.append(tuning[1])
-        self.sizes.append(np.array([size * w.width / 255 for size, w in zip(prev_size, windows, strict=True)]))
-        answers = [self.answer(window) for window in windows]
-        boxes = [window.to_crop(box, 255) for window, (box, _) in zip(windows, answers, strict=True)]
-        ones = np.ones(len(windows), np.float32)
-        score = np.array([score for _, score in answers], np.float32)
-        return SearchResult(np.array(boxes, np.float32), score, ones, np.ones((len(windows), 16, 16), np.float32))
-
-    def close(self) -> None:
-        self.closed = True
-
-    def __enter__(self) -> ScriptedRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def play(tracker: SiamTracker, *scores: float, at: tuple[float, float] = CENTRE) -> list[Track]:
-    """A frame a score, the best box of which is always `at`."""
-    tracks = []
-    for score in scores:
-        tracker.runner.answer = lambda window, score=score: ((*at, 24, 20), score)
-        tracks.append(tracker.update(FRAME))
-    return tracks
-
-
-def names(tracks: Sequence[Track]) -> str:
-    return "".join(track.state.name[0] for track in tracks)
-
-
-def scripted(**tracking: float) -> SiamTracker:
-    runner = ScriptedRunner()
-    tracker = SiamTracker(runner, dataclasses.replace(TrackingSpec(), **tracking))
-    tracker.init(FRAME, START)
-    return tracker
-
-
-def lost(**tracking: float) -> SiamTracker:
-    """A tracker that has just lost its target at `START`; what the runner saw before is forgotten."""
-    tracker = scripted(**tracking)
-    assert names(play(tracker, 0.1, 0.1, 0.1)) == "UUL"
-    for record in (tracker.runner.windows, tracker.runner.influence, tracker.runner.sizes):
-        record.clear()
-    return tracker
+from siamtrack import SiamTracker, State, Track
+from siamtrack.bundle import TrackingSpec
+from siamtrack.crop import Window
+from tests.scripted import (
+    CENTRE,
+    FRAME,
+    HEIGHT,
+    START,
+    WIDTH,
+    Answer,
+    ScriptedRunner,
+    centre_of,
+    lost,
+    names,
+    play,
+    scripted,
+    seen,
+)
 
 
 def test_the_box_found_is_the_box_reported() -> None:
@@ -201,120 +105,6 @@ def test_lost_searches_its_windows_a_frame_and_ever_more_of_the_image(count: int
         assert growth[0] == growth[-1]
     else:
         assert growth[0] < growth[3] < growth[-1] == WIDTH * HEIGHT
-
-
-def centre_of(window: Window) -> tuple[float, float]:
-    return window.left + window.width / 2, window.top + window.height / 2
-
-
-def strayed(second_look: float = 1.25, **tracking: float) -> SiamTracker:
-    """A tracker that saw its target at `CENTRE`, and then next to nothing, 40 px to the right."""
-    tracker = scripted(second_look=second_look, motion_rate=0.0, **tracking)
-    play(tracker, 0.9, 0.9)
-    assert names(play(tracker, 0.1, at=(152.0, 90.0))) == "U"
-    tracker.runner.windows.clear()
-    return tracker
-
-
-def test_a_second_look_is_wider_and_where_the_target_was_last_seen() -> None:
-    tracker = strayed()
-    play(tracker, 0.1, at=(180.0, 90.0))
-    play(tracker, 0.9, at=(180.0, 90.0))
-    play(tracker, 0.9)
-    first, second, third = tracker.runner.windows
-    assert [len(windows) for windows in (first, second, third)] == [2, 2, 1]  # until a frame is not weak
-    assert first[1] == second[1]
-    assert centre_of(first[1]) == pytest.approx(CENTRE, abs=0.5)
-    assert centre_of(first[0]) == pytest.approx((152, 90), abs=0.5)
-    assert first[1].width == pytest.approx(1.25 * first[0].width, abs=1)
-    assert tracker.runner.windows[0][0].width == tracker.runner.windows[2][0].width
-
-
-@pytest.mark.parametrize("setting", [{"second_look": 0.0}, {"lost_windows": 1}])
-def test_no_second_look_is_taken_where_none_is_wanted(setting: dict[str, Any]) -> None:
-    tracker = strayed(**setting)
-    play(tracker, 0.1)
-    assert [len(windows) for windows in tracker.runner.windows] == [1]
-
-
-def seen(tracker: SiamTracker, expected: float, elsewhere: Answer | float) -> Track:
-    """The next frame: what is found where the target is expected, in the window's middle, and in the second window.
-
-    A score alone stands for a find in the middle.
-    """
-    answers = iter([expected, elsewhere])
-
-    def answer(window: Window) -> Answer:
-        given = next(answers)
-        return given if isinstance(given, tuple) else ((*centre_of(window), 24, 20), given)
-
-    tracker.runner.answer = answer
-    return tracker.update(FRAME)
-
-
-@pytest.mark.parametrize(
-    ("expected", "elsewhere", "goes_back"),
-    [
-        (0.1, 0.3, True),
-        (0.1, 0.19, False),
-        (0.35, 0.3, False),
-        (0.05, 0.1, False),
-        (math.nan, 0.3, True),
-        (0.1, math.nan, False),
-        (0.1, ((math.nan, 90, 24, 20), 0.9), False),
-    ],
-)
-def test_a_second_look_counts_if_it_is_better_and_not_weak(
-    expected: float, elsewhere: Answer | float, goes_back: bool
-) -> None:
-    track = seen(strayed(), expected, elsewhere)
-    x, y, w, h = track.box_xywh
-    assert (x + w / 2, y + h / 2) == pytest.approx(CENTRE if goes_back else (152, 90), abs=0.6)
-    assert track.score == pytest.approx(elsewhere if goes_back else expected)
-
-
-def test_a_target_seen_elsewhere_is_uncertain_and_has_no_velocity_there() -> None:
-    tracker = strayed()
-    tracker.tracking = dataclasses.replace(tracker.tracking, motion_rate=1.0)
-    assert seen(tracker, 0.1, 0.9).state is State.UNCERTAIN
-    assert names(play(tracker, 0.9)) == "T"
-    assert centre_of(tracker.runner.windows[-1][0]) == pytest.approx(CENTRE, abs=0.6)
-
-
-def test_a_look_alike_seen_elsewhere_does_not_put_off_the_loss() -> None:
-    tracker = strayed()
-    assert seen(tracker, 0.1, 0.3).state is State.UNCERTAIN
-    assert names(play(tracker, 0.3, 0.3)) == "LL"  # with the weak frame before it three: `lost_after`
-    tracker = strayed()
-    seen(tracker, 0.1, 0.3)
-    assert names(play(tracker, 0.45, 0.3, 0.3, 0.3)) == "UUUU"  # confirmed
-
-
-def test_until_it_is_confirmed_the_target_is_looked_for_where_it_was_before() -> None:
-    tracker = strayed()
-    seen(tracker, 0.1, ((130, 110, 24, 20), 0.3))
-    assert seen(tracker, 0.1, 0.19).state is State.LOST
-    tracker = strayed()
-    seen(tracker, 0.1, ((130, 110, 24, 20), 0.45))
-    play(tracker, 0.1, at=(130.0, 110.0))
-    assert len(tracker.runner.windows[-1]) == 1
-    play(tracker, 0.1)
-    assert centre_of(tracker.runner.windows[-1][1]) == pytest.approx((130, 110), abs=0.6)
-
-
-def test_a_second_look_may_find_the_target_where_it_is_expected() -> None:
-    tracker = strayed()
-    tracker.tracking = dataclasses.replace(tracker.tracking, motion_rate=1.0)
-    assert seen(tracker, 0.3, ((155, 91, 24, 20), 0.31)).box_xywh[0] == pytest.approx(155 - 12, abs=0.6)
-    assert names(play(tracker, 0.3, 0.3, 0.3)) == "UUU"  # nothing to confirm: none of these frames is weak
-    assert centre_of(tracker.runner.windows[1][0])[0] > 155.5  # it is taken for movement
-
-
-def test_a_lost_target_has_nothing_to_confirm() -> None:
-    tracker = strayed()
-    seen(tracker, 0.1, 0.3)
-    tracker.mark_lost()
-    assert names(play(tracker, 0.7, 0.3, 0.3, 0.3)) == "UUUU"
 
 
 @pytest.mark.parametrize(("score", "again"), [(0.19, False), (0.39, False), (0.41, True), (0.59, True)])
@@ -495,133 +285,3 @@ def test_weak_evidence_coasts_on_at_the_old_velocity() -> None:
     play(tracker, 0.0, at=at)
     window = tracker.runner.windows[-1][0]
     assert window.left + window.width / 2 == pytest.approx(at[0] + 5, abs=1)
-
-
-# ------------------------------------------------------------------------------------------------- template update
-
-
-def renewing(min_score: float = 0.6, interval: int = 1, **tracking: float) -> SiamTracker:
-    """A tracker of a model that renews its template, on its first frame."""
-    tracker = SiamTracker(ScriptedRunner(UpdateSpec(min_score, interval)), TrackingSpec(**tracking))
-    tracker.init(FRAME, START)
-    return tracker
-
-
-def renewals(tracker: SiamTracker, *scores: float) -> str:
-    """Play the scores; U for each frame after which the template was renewed."""
-    marks = ""
-    for score in scores:
-        before = len(tracker.runner.renewed)
-        play(tracker, score)
-        marks += ".U"[len(tracker.runner.renewed) - before]
-    return marks
-
-
-def test_the_template_is_renewed_after_good_frames_only() -> None:
-    tracker = renewing(min_score=0.625)
-    assert renewals(tracker, 0.9, 0.625, 0.64, 0.55, 0.45, 0.7) == "U.U..U"  # above, not at it ("s > 1.18", D13)
-
-
-def test_a_lost_target_is_sought_as_it_was_at_the_start() -> None:
-    """What hid it may be in the renewed template."""
-    tracker = renewing()
-    first = tracker._target.features
-    assert renewals(tracker, 0.9, 0.9) == "UU"
-    play(tracker, 0.9)
-    assert tracker.runner.sought[-1] is not first
-    tracker.mark_lost()
-    assert renewals(tracker, 0.1, 0.1) == ".."
-    assert all(features is first for features in tracker.runner.sought[-2:])
-    assert renewals(tracker, 0.9, 0.9)[-1] == "U"  # found, it is renewed again
-    assert tracker._target.features.tensors[:1] == first.tensors and len(tracker._target.features.tensors) == 2
-
-
-@pytest.mark.parametrize(("interval", "marks"), [(1, "UUUUUU"), (2, ".U.U.U"), (4, "...U..")])
-def test_an_interval_lies_between_two_renewals(interval: int, marks: str) -> None:
-    assert renewals(renewing(interval=interval), *[0.9] * 6) == marks
-
-
-def test_a_good_frame_within_the_interval_is_not_made_up_for() -> None:
-    assert renewals(renewing(interval=3), 0.9, 0.9, 0.5, 0.9, 0.9, 0.9, 0.9) == "...U..U"
-
-
-def test_no_renewal_while_the_target_is_doubtful_or_lost() -> None:
-    tracker = renewing(min_score=0.0)  # the state alone decides
-    tracks = []
-    for score, renewed in [
-        (0.9, True), (0.3, False), (0.45, False), (0.6, True),  # UNCERTAIN holds up to 0.5
-        (0.1, False), (0.1, False), (0.1, False),  # LOST
-        (0.5, False), (0.7, False), (0.7, True),  # found is UNCERTAIN first
-    ]:  # fmt: skip
-        before = len(tracker.runner.renewed)
-        tracks += play(tracker, score)
-        assert (len(tracker.runner.renewed) > before) is renewed, names(tracks)
-    assert names(tracks) == "TUUTUULLUT"
-
-
-@pytest.mark.parametrize(
-    ("at", "size", "valid"),
-    [
-        ((-3.0, 90.0), (24, 20), False),
-        ((100.0, HEIGHT + 1.0), (24, 20), False),
-        ((WIDTH - 1.0, 90.0), (24, 20), True),
-        (CENTRE, (0.0, 20), False),
-    ],
-)
-def test_a_box_must_be_valid_to_learn_from(at: tuple[float, float], size: tuple[float, float], valid: bool) -> None:
-    tracker = renewing()
-    tracker.runner.answer = lambda window: ((*at, *size), 0.9)
-    assert tracker.update(FRAME).state is State.TRACKING
-    assert bool(tracker.runner.renewed) is valid
-
-
-def test_the_new_template_is_cropped_at_the_new_box_and_sought_from_the_next_frame_on() -> None:
-    tracker = renewing(size_rate=1.0)
-    first = tracker.runner.sought
-    play(tracker, 0.9, at=(130.0, 95.0))
-    (window,) = tracker.runner.renewed
-    assert (window.left + window.width / 2, window.top + window.height / 2) == pytest.approx((130, 95), abs=0.5)
-    assert window.width == round(context_size(24, 20))  # a template window, not a search window
-    play(tracker, 0.9)
-    assert [len(features.tensors) for features in first] == [1, 2]
-    assert first[1].tensors[1] == window
-    tracker.init(FRAME, START)
-    play(tracker, 0.5)
-    assert len(first[-1].tensors) == 1  # a new target starts with its own template
-
-
-def test_a_model_without_update_never_renews() -> None:
-    tracker = scripted()
-    play(tracker, *[0.99] * 5)
-    assert tracker.runner.renewed == []
-    with pytest.raises(ValueError, match="script has no update graph"):
-        SiamTracker(ScriptedRunner(), template_update=UpdateSpec(0.5))
-
-
-def test_update_parameters_come_from_the_manifest_unless_given() -> None:
-    runner = ScriptedRunner(UpdateSpec(0.6))
-    assert SiamTracker(runner).template_update == UpdateSpec(0.6)
-    tracker = SiamTracker(runner, template_update=UpdateSpec(1.0))
-    tracker.init(FRAME, START)
-    assert renewals(tracker, 1.0, 1.0) == ".."  # 1 keeps the first template
-
-
-def test_a_renewal_that_fails_keeps_the_track_and_the_old_template() -> None:
-    tracker = renewing(interval=2)
-    runner = tracker.runner
-    good = runner.update
-
-    def fail(*arguments: object) -> Features:
-        raise OSError("device gone")
-
-    play(tracker, 0.9)
-    runner.update = fail
-    with pytest.raises(OSError, match="device gone"):
-        play(tracker, 0.9, at=(118.0, 90.0))
-    runner.update = good
-    (track,) = play(tracker, 0.9, at=(118.0, 90.0))
-    assert (track.frame, track.state) == (3, State.TRACKING)  # the frame of the failure was followed
-    assert len(runner.sought[-1].tensors) == 1
-    assert runner.renewed == []  # and the try counts in the interval
-    play(tracker, 0.9)
-    assert len(runner.renewed) == 1

@@ -1,4 +1,4 @@
-"""The tracking thread: queues, order, errors and ends. Trackers are the scripted ones of `test_tracker_policy`."""
+"""The tracking thread: queues, order, errors and ends. Trackers are those of `tests.scripted`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from siamtrack import SiamTracker, State
 from siamtrack.session import InitRequest, Report
 from siamtrack.worker import WARMUP_FRAMES, Worker
+from tests.scripted import START, ScriptedRunner
 from tests.test_session import Shot, stamp
-from tests.test_tracker_policy import START, ScriptedRunner
 
 PICTURE = np.zeros((240, 320, 3), np.uint8)
 PATIENCE_S = 20
