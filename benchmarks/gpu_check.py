@@ -69,7 +69,7 @@ def check_all(table: Table, options: argparse.Namespace, scratch: Path) -> None:
         with table.attempt("PyTorch in the engine's place", model):
             check_torch(table, model, options, scratch)
     with table.attempt("Ctrl-C", "PyTorch in the engine's place"):
-        check_interrupt(table, options.models[0], scratch)
+        check_interrupt(table, scratch)
     if options.latency:
         with table.attempt("latency", "all"):
             check_latency(table, options)

@@ -122,9 +122,20 @@ def measure_all(options: argparse.Namespace) -> list[Row]:
                             rows += _engine_rows(case, runners, options)
             for size in sizes:
                 for targets in options.targets:
-                    rows += _torch_rows(Case(bundle, "fp16", size, targets), options)
-            rows += _floor_rows(bundle, options, sizes)
+                    with _left_out_if_it_fails(f"{model} on PyTorch, {targets} targets"):
+                        rows += _torch_rows(Case(bundle, "fp16", size, targets), options)
+            with _left_out_if_it_fails(f"the floor of {model}"):
+                rows += _floor_rows(bundle, options, sizes)
     return rows
+
+
+@contextlib.contextmanager
+def _left_out_if_it_fails(what: str) -> Iterator[None]:
+    """What is measured for comparison must not cost what was measured before."""
+    try:
+        yield
+    except RuntimeError as error:  # of PyTorch and of the driver
+        print(f"left out: {what}: {error}", file=sys.stderr)
 
 
 def find_or_export(model: str, scratch: Path) -> Bundle:

@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.path.insert(0, scratch)
             importlib.invalidate_caches()
             environment["PYTHONPATH"] = os.pathsep.join([scratch, environment["PYTHONPATH"]])
+            libraries = map(str, sorted(Path(scratch).glob("nvidia/*/lib")))  # such as NVRTC, found by the loader alone
+            known = os.environ.get("LD_LIBRARY_PATH", "")
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [*libraries, known]))
             missing = missing_modules()
         if missing:
             print(

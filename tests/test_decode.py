@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from siamtrack.nets import MODELS
 from siamtrack.nets.decode import (
     AnchorFree,
     Grid,
@@ -16,7 +18,6 @@ from siamtrack.nets.decode import (
     RawMaps,
     SearchGraph,
     TemplateGraph,
-    decode_boxes,
     normalise,
     size_penalty,
     target_probability,
@@ -51,10 +52,23 @@ def test_confidence_is_channel_1_of_two_or_a_sigmoid() -> None:
 def test_boxes_from_distances(cell: int, ltrb: tuple[float, ...], box: tuple[float, ...]) -> None:
     maps = torch.full((2, 4, 3, 3), 1.0)
     maps[1].flatten(1)[:, cell] = torch.tensor(ltrb, dtype=torch.float32)
-    boxes = decode_boxes(maps, Grid(3, 8, 31.5).points())
+    boxes = AnchorFree(Grid(3, 8, 31.5)).boxes(maps)
     assert boxes.shape == (2, 9, 4)
     assert boxes[1, cell].tolist() == pytest.approx(box)
     assert boxes[0, cell, 2:].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("model", ["siamcan-mobilenetv2", "siamla-mobilenetv2", "siamrpnpp-r50"])
+def test_a_search_makes_no_tensor_of_host_values(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each would wait for a copy, which a CUDA graph cannot capture."""
+    net: Any = MODELS[model]().to("meta").eval()
+    with torch.device("meta"):
+        crops = [torch.zeros(1, px, px, 3, dtype=torch.uint8) for px in (net.template_size, net.search_size)]
+        size_and_tuning = torch.ones(1, 2), torch.zeros(3)
+    template = TemplateGraph(net)(crops[0])
+    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch, "from_numpy"), (Tensor, "new_tensor")):
+        monkeypatch.setattr(owner, name, None)
+    SearchGraph(net)(crops[1], *template, *size_and_tuning)
 
 
 def penalty(size: tuple[float, float], before: tuple[float, float], k: float) -> float:

@@ -49,9 +49,10 @@ def test_without_a_gpu_it_ends_at_once_and_says_so(command: list[str], status: i
     assert "Traceback" not in done.stderr
 
 
-def make_wheel(folder: Path, module: str, content: str) -> None:
+def make_wheel(folder: Path, module: str, content: str, others: dict[str, str] | None = None) -> None:
     files = {
         f"{module}.py": content,
+        **(others or {}),
         f"{module}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n",
         f"{module}-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
@@ -89,6 +90,27 @@ def test_wheels_beside_the_checkout_are_installed_for_the_run_alone(
     monkeypatch.undo()
     importlib.invalidate_caches()
     assert importlib.util.find_spec(lacking) is None
+
+
+def test_libraries_in_wheels_are_found_by_the_loader(lacking: str, tmp_path: Path) -> None:
+    looks = "import os, sys; sys.exit(not os.path.isfile(os.environ['LD_LIBRARY_PATH'].split(':')[0] + '/liba.so'))"
+    make_wheel(tmp_path / "wheels", lacking, looks, {"nvidia/cuda_nvrtc/lib/liba.so": ""})
+    assert gpu_setup.main(["--wheels", str(tmp_path / "wheels"), "--module", lacking]) == 0
+
+
+def test_what_is_measured_for_comparison_may_fail(
+    default_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no capture")
+
+    row = Case(default_bundle, "fp16", (640, 480), 1).row("tensorrt", "total", 1.0, 2.0, 3)
+    monkeypatch.setattr(gpu_latency, "_engine_rows", lambda *_: [row])
+    monkeypatch.setattr(gpu_latency, "_torch_rows", fail)
+    monkeypatch.setattr(gpu_latency, "_floor_rows", fail)
+    arguments = ["--models", str(default_bundle.path), "--precisions", "fp16", "--sizes", "640x480", "--targets", "1"]
+    assert gpu_latency.measure_all(gpu_latency.parse(arguments)) == [row]
+    assert capsys.readouterr().err.count("no capture") == 2
 
 
 def test_a_table_fails_by_one_check_and_by_having_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,7 @@ def five_points(ltrb: Tensor, grid: Grid) -> Tensor:
 @pytest.mark.parametrize("grid", [GRID, Grid(size=14, stride=16, origin=0.5)], ids=["r50", "edge"])
 def test_sampling_is_bilinear_with_border(grid: Grid) -> None:
     features, ltrb = randn(2, 7, grid.size, grid.size), distances(2, grid.size)
-    weights = sampling_weights(ltrb, grid)
+    weights = sampling_weights(ltrb, grid, torch.tensor(POINTS))
     cells = grid.size**2
     assert weights.shape == (2, cells, 5 * cells)
     for k, points in enumerate(five_points(ltrb, grid).unbind(1)):
@@ -79,7 +79,7 @@ def test_sampling_weights_by_hand() -> None:
     ltrb = torch.full((1, 4, 25, 25), 8.0)
     # Cell (row 3, column 5): left 12, top 8, right 4, bottom 200 px. In cells: x0 = 3.5, x1 = 5.5, y0 = 2, y1 = 28.
     ltrb[0, :, 3, 5] = torch.tensor([12.0, 8.0, 4.0, 200.0])
-    weights = sampling_weights(ltrb, GRID)[0, 3 * 25 + 5].reshape(5, 25, 25)
+    weights = sampling_weights(ltrb, GRID, torch.tensor(POINTS))[0, 3 * 25 + 5].reshape(5, 25, 25)
     assert weights.sum(dim=(1, 2)).tolist() == pytest.approx([1] * 5)
     centre, top_left, top_right, bottom_right, bottom_left = weights
     assert [centre[15, 4].item(), centre[15, 5].item()] == pytest.approx([0.5, 0.5])  # (4.5, 15): of the box (L12)

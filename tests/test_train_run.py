@@ -22,10 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from siamtrack.nets.checkpoint import load_checkpoint
+from siamtrack.nets.decode import AnchorFree
 from siamtrack.plain import to_plain
 from tests.tiny_training import Seen, assert_same, moving_shapes, read, snapshot, tiny, watching
 from training.loading import PairDataModule
-from training.module import SiameseModule
+from training.module import VALIDATION, SiameseModule
 from training.objectives import SiamCAN
 from training.prepare import prepare
 from training.recipe import recipe_from_dict
@@ -185,7 +186,7 @@ def test_a_broken_batch_moves_nothing(
 
 
 def test_validation_counts_every_pair_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five pairs in batches of four and one."""
+    """Five pairs in batches of four and one, boxes in full precision."""
     scores: list[Tensor] = []
     search = SiameseModule.validation_step
 
@@ -195,11 +196,20 @@ def test_validation_counts_every_pair_the_same(data: Path, tmp_path: Path, monke
         scores.append(self._validated - before)
 
     monkeypatch.setattr(SiameseModule, "validation_step", validation_step)
-    train(tiny(epochs=1, pairs_per_epoch=4, validation_pairs=5), data, tmp_path)
-    assert [part[0, 1].item() for part in scores] == [4, 1]
-    total, count = sum(part[0] for part in scores)  # type: ignore[misc]
+    decode = AnchorFree.forward
+
+    def forward(self: AnchorFree, raw: Any, *rest: Tensor) -> Any:
+        choice = decode(self, raw, *rest)
+        assert {choice.box.dtype, choice.score.dtype} == {torch.float32}
+        return choice
+
+    monkeypatch.setattr(AnchorFree, "forward", forward)
+    train(tiny(epochs=1, pairs_per_epoch=4, validation_pairs=5, precision="bf16-mixed"), data, tmp_path)
+    assert [part[:3, 1].tolist() for part in scores] == [[4] * 3, [1] * 3]
+    totals, counts = sum(scores)[:3].T  # type: ignore[index]
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert line["val/iou"] == pytest.approx((total / count).item())
+    assert [line[name] for name in VALIDATION[:3]] == pytest.approx((totals / counts).tolist())
+    assert 0 <= line["val/hit"] <= 1
     assert "val/score_absent" not in line  # one held-out video: every pair shows its target
 
 

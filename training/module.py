@@ -144,11 +144,14 @@ class SiameseModule(L.LightningModule):
             further = (self.template_graph(batch[name])[0] for name in ("history", "current"))
             template = self.net.update(template[0], *further)
         tuning = torch.zeros(3, device=self.device)
-        box, score, _, _ = self.search_graph(batch["search"], *template, batch["box"][:, 2:], tuning)
+        raw = in_full(self.search_graph.raw(batch["search"], *template))
+        with torch.autocast(self.device.type, enabled=False):  # as in training
+            box, score, _, _ = cast(Any, self.net.decoder)(raw, batch["box"][:, 2:], tuning)
         positive = batch["positive"]
         overlap = box_iou(box, batch["box"])[positive]
         for row, values in enumerate((overlap, overlap > 0.5, score[positive], score[~positive])):
-            self._validated[row] += torch.stack([values.double().sum(), values.new_tensor(len(values)).double()])
+            self._validated[row, 0] += values.double().sum()
+            self._validated[row, 1] += len(values)
 
     def on_validation_epoch_start(self) -> None:
         """Begin sum and count of each of `VALIDATION`."""

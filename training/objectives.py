@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siamtrack.nets.decode import AnchorBased, AnchorFree, AnchorMaps, decode_boxes
+from siamtrack.nets.decode import AnchorBased, AnchorFree, AnchorMaps
 from siamtrack.nets.siamfc import ScaleDecoder
 from siamtrack.plain import from_plain
 from training.checks import not_negative, one_of
@@ -123,7 +123,7 @@ class SiamBAN(Objective):
 
     def __call__(self, raw: Any, batch: Batch, decoder: Any) -> Terms:
         labels = batch["labels"]
-        boxes, target = decode_boxes(raw.ltrb.float(), decoder.points), labels > 0  # [N, M, 4], [N, M]
+        boxes, target = decoder.boxes(raw.ltrb.float()), labels > 0  # [N, M, 4], [N, M]
         wanted = batch["box"][:, None].expand_as(boxes)
         losses = BOX_LOSSES[self.regression](boxes[target], wanted[target])  # [targets]
         if self.centred:
@@ -200,7 +200,7 @@ class SiamLA(Objective):
 
     def __call__(self, raw: Any, batch: Batch, decoder: Any) -> Terms:
         labels, logits = batch["labels"], raw.logits.float().flatten(2)
-        boxes, target = decode_boxes(raw.ltrb.float(), decoder.points), labels > 0  # [N, M, 4], [N, M]
+        boxes, target = decoder.boxes(raw.ltrb.float()), labels > 0  # [N, M, 4], [N, M]
         wanted = batch["box"][:, None].expand_as(boxes)
         losses = BOX_LOSSES[self.regression](boxes[target], wanted[target])
         # [N, M]; a label (erratum L4). In a negative pair the box is a foreign target's: overlap with it is no quality.

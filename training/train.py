@@ -93,7 +93,9 @@ def make_trainer(recipe: Recipe, out: Path, devices: int = 1, checkpoint_steps: 
     callbacks.append(RunRecord(out, recipe.seed))
     if recipe.optim.ema:
         warmup = recipe.optim.warmup_epochs * recipe.steps_per_epoch
-        callbacks.append(EMAWeightAveraging(decay=recipe.optim.ema, update_starting_at_step=int(warmup)))
+        # Callbacks are set up before the model moves to its GPU: without a word the average would stay behind.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        callbacks.append(EMAWeightAveraging(device, decay=recipe.optim.ema, update_starting_at_step=int(warmup)))
     if validates:
         callbacks.append(ModelCheckpoint(out, "best", "val/iou", mode="max", enable_version_counter=False))
     if 0 < recipe.unfreeze_epoch < recipe.epochs and recipe.unfreeze_stages:

@@ -189,14 +189,6 @@ def target_probability(logits: Tensor) -> Tensor:
     return torch.softmax(logits, dim=1)[:, 1]
 
 
-def decode_boxes(ltrb: Tensor, points: Tensor) -> Tensor:
-    """Boxes ``[N, H * W, 4]`` (cx, cy, w, h; crop pixels) from distances ``[N, 4, H, W]`` and cells ``[H * W, 2]``."""
-    # cx = x + (r - l) / 2, cy = y + (b - t) / 2, w = l + r, h = t + b, as one product: fewer and larger operations.
-    mix = ltrb.new_tensor([[-0.5, 0, 1, 0], [0, -0.5, 0, 1], [0.5, 0, 1, 0], [0, 0.5, 0, 1]])
-    centres = torch.cat([points, torch.zeros_like(points)], dim=1)
-    return ltrb.flatten(2).transpose(1, 2) @ mix + centres
-
-
 def size_penalty(sizes: Tensor, prev_size: Tensor, penalty_k: Tensor) -> Tensor:
     """How plausible a change of size and aspect is, in (0, 1] (SiamRPN's penalty; SiamLA Eq. 13, erratum L9).
 
@@ -273,11 +265,24 @@ class Decoder(nn.Module, abc.ABC):
 class AnchorFree(Decoder):
     """Decoder of `RawMaps`."""
 
+    mix: Tensor
+
+    def __init__(self, grid: Grid, average: int = 1) -> None:
+        super().__init__(grid, average=average)
+        mix = torch.tensor([[-0.5, 0, 1, 0], [0, -0.5, 0, 1], [0.5, 0, 1, 0], [0, 0.5, 0, 1]])
+        self.register_buffer("mix", mix, persistent=False)
+
+    def boxes(self, ltrb: Tensor) -> Tensor:
+        """Boxes ``[N, H * W, 4]`` (cx, cy, w, h; crop pixels) from distances ``[N, 4, H, W]``."""
+        # cx = x + (r - l) / 2, cy = y + (b - t) / 2, w = l + r, h = t + b, as one product: fewer and larger operations.
+        centres = torch.cat([self.points, torch.zeros_like(self.points)], dim=1)
+        return ltrb.flatten(2).transpose(1, 2) @ self.mix + centres
+
     def candidates(self, raw: RawMaps) -> Candidates:
         scores = target_probability(raw.logits)
         if raw.quality is not None:
             scores = scores * torch.sigmoid(raw.quality[:, 0])
-        return Candidates(decode_boxes(raw.ltrb, self.points), scores.flatten(1))
+        return Candidates(self.boxes(raw.ltrb), scores.flatten(1))
 
 
 class AnchorBased(Decoder):
@@ -347,5 +352,8 @@ class SearchGraph(nn.Module):
 
     def forward(self, image: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         *template, prev_size, tuning = rest
-        raw = self.net.search(normalise(image, self.net.normalisation), *template)
-        return tuple(self.net.decoder(raw, prev_size, tuning))
+        return tuple(self.net.decoder(self.raw(image, *template), prev_size, tuning))
+
+    def raw(self, image: Tensor, *template: Tensor) -> Any:
+        """The raw maps, for the network's decoder."""
+        return self.net.search(normalise(image, self.net.normalisation), *template)
