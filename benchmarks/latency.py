@@ -5,7 +5,8 @@
 Plays rendered frames held in memory (`siamtrack.scene`), whose target grows with the image, as the same scene seen by a
 better camera: no data is needed, and neither decoding nor rendering is timed.
 
-Writes ``latency.csv``: a row for each tracker, thread count, image size and stage.
+Writes ``latency.csv``: a row for each tracker, thread count, image size and stage. ``lost`` is the total while LOST,
+with as many windows as a second look takes; the other stages are those of a tracked target.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from tqdm import tqdm
 
 from benchmarks import command, markdown_table, tracker_factories, write_csv
 from evaluation.peers import PEERS
+from siamtrack import SiamTracker
 from siamtrack.benchmark import measure, summary
+from siamtrack.crop import Image
 from siamtrack.scene import Scene
 
 FRAMES = 8  # 0.27 s of the scene, played forth and back; 190 MiB at 3840 x 2160
@@ -61,7 +64,11 @@ def measure_all(options: argparse.Namespace) -> list[Row]:
                     frames, box = [image.image for image in images], images[0].box_xywh
                     for name, make in factories.items():
                         bar.set_description(f"{name} {size} {threads} threads")
-                        times = measure(make(), frames, box, options.warmup, options.iterations)
+                        tracker = make()
+                        times = measure(tracker, frames, box, options.warmup, options.iterations)
+                        if isinstance(tracker, SiamTracker):
+                            lost = measure(_Lost(tracker), frames, box, options.warmup, options.iterations)
+                            times["lost"] = lost["total"]
                         run: Row = {"tracker": name, "threads": threads, "width": width, "height": height}
                         run |= {"box_w": round(box[2]), "box_h": round(box[3]), "iterations": options.iterations}
                         rows += [
@@ -72,6 +79,17 @@ def measure_all(options: argparse.Namespace) -> list[Row]:
     finally:
         cv2.setNumThreads(opencv_threads)
     return rows
+
+
+class _Lost:
+    """A tracker that is LOST whatever it finds."""
+
+    def __init__(self, tracker: SiamTracker) -> None:
+        self.init, self._tracker = tracker.init, tracker
+
+    def update(self, frame_bgr: Image) -> None:
+        self._tracker.mark_lost()
+        self._tracker.update(frame_bgr)
 
 
 def format_totals(rows: Sequence[Row]) -> str:

@@ -14,6 +14,8 @@ from evaluation.layouts import read_sequences
 from evaluation.sequences import Sequence, read_frame, read_otb, read_video_folder
 from siamtrack.benchmark import format_table, measure, resident_memory_mib, summary
 from siamtrack.boxes import iou_xywh
+from siamtrack.bundle import DEFAULT_MODEL
+from siamtrack.runners.onnxruntime import OnnxRuntimeRunner
 from siamtrack.state import State
 from tests.sequence_files import TRUTH, write_images, write_otb, write_video
 
@@ -362,6 +364,22 @@ def test_latency_command(tmp_path, capsys):
     ]
     assert "128 x 96" in capsys.readouterr().out
     assert latency.main(["--model", "--peers", "static", "--sizes", "big"]) == 2
+
+
+def test_latency_while_lost_is_that_of_all_windows(tmp_path, monkeypatch):
+    windows = []
+    search = OnnxRuntimeRunner.search
+
+    def count(runner, image, these, *rest):
+        windows.append(len(these))
+        return search(runner, image, these, *rest)
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "search", count)
+    arguments = ["--peers", "--sizes", "320x240", "--threads", "1", "--iterations", "4", "--warmup", "1"]
+    assert latency.main([*arguments, "--model", DEFAULT_MODEL, "--out", str(tmp_path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "latency.csv").read_text().splitlines()[2:]))
+    assert [row["stage"] for row in rows[: len(rows) // 2]] == ["total", "crop", "network", "host", "lost"]
+    assert windows == [1] * 5 + [2] * 5 + [1] * 5 + [2] * 5  # FP32 and INT8
 
 
 def test_evaluation_speed_command(tmp_path, capsys):
