@@ -53,7 +53,12 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument("rate_hz", default_value="30.0", description="frames a second"),
             DeclareLaunchArgument("loop", default_value="false", description="start over", choices=["true", "false"]),
             DeclareLaunchArgument("record", default_value="", description="CSV file for boxes; empty: none"),
-            DeclareLaunchArgument("view", default_value="false", description="show it", choices=["true", "false"]),
+            DeclareLaunchArgument(
+                "view",
+                default_value="false",
+                description="show it; if it stays empty, refresh the topics",
+                choices=["true", "false"],
+            ),
             IncludeLaunchDescription(
                 PythonLaunchDescriptionSource(str(tracker_file)),
                 # Its other arguments (model, backend, ...) may be given to this file too.

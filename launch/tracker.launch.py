@@ -16,6 +16,7 @@ from launch import LaunchContext, LaunchDescription
 
 RESPAWN_DELAY_S = 1.0
 TEXTS = ("model", "backend", "precision", "build_engines", "engine_key_file")
+TRUTHS = ("use_sim_time", "autostart")
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -37,7 +38,7 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument("build_engines", default_value="", description="never, or auto: while configuring"),
             DeclareLaunchArgument("engine_key_file", default_value="", description="key that engines are signed with"),
             DeclareLaunchArgument("params_file", default_value=params_file, description="parameters, YAML"),
-            DeclareLaunchArgument("use_sim_time", default_value="false", description="follow /clock", **truth),
+            DeclareLaunchArgument("use_sim_time", default_value="", description="follow /clock", **unset_or_truth),
             DeclareLaunchArgument("autostart", default_value="", description="become active alone", **unset_or_truth),
             DeclareLaunchArgument("respawn", default_value="false", description="start again when it ends", **truth),
             DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal"),
@@ -50,17 +51,16 @@ def tracker(context: LaunchContext) -> list[Node]:
     def value(name: str) -> str:
         return LaunchConfiguration(name).perform(context)
 
-    chosen = {"use_sim_time": value("use_sim_time") == "true"}
     # As text whatever it looks like: a model named 2026 is no number.
-    chosen |= {name: ParameterValue(value(name), value_type=str) for name in TEXTS if value(name)}
-    if value("autostart"):
-        chosen["autostart"] = value("autostart") == "true"
+    chosen = {name: ParameterValue(value(name), value_type=str) for name in TEXTS if value(name)}
+    chosen |= {name: value(name) == "true" for name in TRUTHS if value(name)}
     return [
         Node(
             package="siamtrack",
             executable="tracker_node",
+            name="siamtrack",  # what is chosen here is then written for it by name, and overrides any section of the file
             namespace=value("namespace"),
-            parameters=[value("params_file"), chosen],
+            parameters=[value("params_file"), *([chosen] if chosen else [])],
             remappings=[
                 ("image", value("image")),
                 ("image/compressed", value("image") + "/compressed"),

@@ -34,6 +34,9 @@ class LogBridge(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
-        if record.thread == self._thread:
-            say = self._logger().error if record.levelno >= logging.ERROR else self._logger().warning
-            say(record.getMessage())
+        if record.thread != self._thread:
+            return
+        if record.levelno >= logging.ERROR:
+            self._logger().error(record.getMessage())
+        else:  # a line of its own: rclpy refuses two severities from one
+            self._logger().warning(record.getMessage())

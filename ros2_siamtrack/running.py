@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import rclpy
 from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.lifecycle import LifecycleNode
 from rclpy.node import Node
 
 N = TypeVar("N", bound=Node)
@@ -47,6 +48,26 @@ def run_node(name: str, make: Callable[[], N], work: Callable[[N], None], argume
             node.destroy_node()
         rclpy.try_shutdown()
     return 0
+
+
+def refuse_invalid_transitions(node: LifecycleNode) -> None:
+    """Answer a transition that is not valid now with ``success: false``.
+
+    rclpy of Humble and Jazzy raises in the executor instead, which would end the node (ros2/rclpy#1209).
+    """
+    change = node._service_change_state.callback
+
+    def answer(request: Any, response: Any) -> Any:
+        try:
+            return change(request, response)
+        except RuntimeError as error:
+            if not node.context.ok():
+                raise
+            node.get_logger().warning(f"transition refused: {error}")
+            response.success = False
+            return response
+
+    node._service_change_state.callback = answer
 
 
 def spin(node: Node) -> None:

@@ -28,7 +28,7 @@ from ros2_siamtrack.images import RosFrame
 from ros2_siamtrack.log_bridge import LogBridge
 from ros2_siamtrack.outputs import Outputs
 from ros2_siamtrack.parameters import PARAMETERS, TRACKING_PARAMETERS, engine_options, refusal, tune
-from ros2_siamtrack.running import run_node, spin
+from ros2_siamtrack.running import refuse_invalid_transitions, run_node, spin
 from siamtrack.bundle import load_bundle
 from siamtrack.camera import Camera
 from siamtrack.runners import facts_of, open_runner
@@ -45,6 +45,7 @@ class TrackerNode(LifecycleNode):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__("siamtrack", **arguments)
+        refuse_invalid_transitions(self)
         for parameter in PARAMETERS:
             self.declare_parameter(parameter.name, parameter.default, parameter.descriptor())
         self.add_on_set_parameters_callback(self._on_parameters)

@@ -48,10 +48,11 @@ def prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @dataclass(frozen=True)
 class Started:
-    """What a node was started with."""
+    """What a node was started with; `node` is whom its parameters are for."""
 
     arguments: list[str]
     parameters: dict[str, Any]
+    node: str
 
 
 def run_launch(prefix: Path, name: str, **arguments: str) -> dict[str, Started]:
@@ -64,9 +65,9 @@ def run_launch(prefix: Path, name: str, **arguments: str) -> dict[str, Started]:
     started = {}
     for file in (prefix / "lib" / "siamtrack").glob("*.arguments"):
         written = file.with_suffix(".parameters")
-        chosen = list(yaml.safe_load(written.read_text()).values()) if written.exists() else []
-        parameters = chosen[0]["ros__parameters"] if chosen else {}
-        started[file.stem] = Started(file.read_text().splitlines(), parameters)
+        chosen = yaml.safe_load(written.read_text()) if written.exists() else {"": {"ros__parameters": {}}}
+        ((node, parameters),) = chosen.items()
+        started[file.stem] = Started(file.read_text().splitlines(), parameters["ros__parameters"], node)
     return started
 
 
@@ -83,7 +84,7 @@ def test_tracker_at_its_defaults(prefix: Path) -> None:
     started = run_launch(prefix, "tracker")
     assert set(started) == {"tracker_node"}
     assert str(prefix / "share" / "siamtrack" / "config" / "tracker.yaml") in started["tracker_node"].arguments
-    assert started["tracker_node"].parameters == {"use_sim_time": False}  # the rest is left to the file
+    assert started["tracker_node"].parameters == {}  # all is left to the file
 
 
 def test_tracker_with_arguments(prefix: Path) -> None:
@@ -91,6 +92,7 @@ def test_tracker_with_arguments(prefix: Path) -> None:
     settings = {"model": "2026", "backend": "auto", "autostart": "false", "use_sim_time": "true"}
     settings |= {"precision": "int8", "build_engines": "auto", "engine_key_file": "/etc/siamtrack/engine.key"}
     tracker = run_launch(prefix, "tracker", **topics, **settings, log_level="debug")["tracker_node"]
+    assert tracker.node == "/left/siamtrack"  # not /**, before which a section of the file for the node would go
     wanted = {"__ns:=/left", "image:=/cam/image_raw", "image/compressed:=/cam/image_raw/compressed", "debug"}
     assert wanted | {"camera_info:=/cam/info"} <= set(tracker.arguments)
     assert tracker.parameters == {

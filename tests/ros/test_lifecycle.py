@@ -11,12 +11,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
+from rclpy.logging import get_logger
 
 from ros2_siamtrack import image_input
+from ros2_siamtrack.log_bridge import LogBridge
 from siamtrack import Bundle
 from siamtrack.bundle import write_manifest
 from siamtrack.runners import EngineOptions
@@ -118,6 +123,36 @@ def test_tensorrt_is_refused_where_it_cannot_run(make_rig: Callable[..., Rig], n
     assert level == "error"
     assert re.match(rf"cannot configure: .*({NO_TENSORRT})", text)
     assert tracker_threads() == []
+
+
+def test_a_transition_that_is_not_valid_now_is_refused(make_rig: Callable[..., Rig]) -> None:
+    """As asked for by a manager that does not know that the node has started by itself."""
+    rig = make_rig()
+    client = rig.world.create_client(ChangeState, f"{rig.namespace}/siamtrack/change_state")
+    assert client.wait_for_service(timeout_sec=20)
+
+    def change(transition: int) -> bool:
+        future = client.call_async(ChangeState.Request(transition=Transition(id=transition)))
+        until(future.done)
+        return future.result().success
+
+    assert not change(Transition.TRANSITION_CONFIGURE)
+    assert rig.tracker.log.count("transition refused: ") == 1
+    rig.follow(0, 1)
+    rig.state("TRACKING")
+    assert change(Transition.TRANSITION_DEACTIVATE)
+
+
+def test_a_warning_and_an_error_reach_the_log() -> None:
+    """rclpy knows a line by its place in the code, and takes one severity from it."""
+    logger = get_logger("bridge")
+    bridge = LogBridge(lambda: logger)
+    bridge.open()
+    try:
+        for level in (logging.WARNING, logging.ERROR, logging.WARNING):
+            bridge.emit(logging.LogRecord("siamtrack", level, "file", 1, "text", None, None))
+    finally:
+        bridge.close()
 
 
 def test_auto_warns_once_and_runs_on_onnx_runtime(make_rig: Callable[..., Rig], no_gpu: None) -> None:
@@ -225,6 +260,7 @@ def test_a_middleware_without_these_events_will_do(
     rig.state("TRACKING")
 
 
+@pytest.mark.skipif(find_spec("rclpy.event_handler") is None, reason="this is Humble, or older")
 def test_it_imports_on_humble() -> None:
     code = (
         "import rclpy.lifecycle, rclpy.executors, rclpy.event_handler, sys\n"
