@@ -58,7 +58,7 @@ def tracker(context: LaunchContext) -> list[Node]:
         Node(
             package="siamtrack",
             executable="tracker_node",
-            name="siamtrack",  # what is chosen here is then written for it by name, and overrides any section of the file
+            name="siamtrack",  # `chosen` is then written for it by name, and overrides any section of the file
             namespace=value("namespace"),
             parameters=[value("params_file"), *([chosen] if chosen else [])],
             remappings=[
