@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import command, gpu_latency, write_csv
-from benchmarks.gpu_checks import Check, Table, check_crop, check_interrupt, check_runner
+from benchmarks.gpu_checks import check_crop, check_interrupt, check_runner
 from benchmarks.gpu_latency import Row, export_random, find_or_export, network, slug
+from benchmarks.gpu_table import Check, Table
 from siamtrack.bundle import Bundle
 from siamtrack.gpu import EngineError, GpuInfo, gpu_info, runtime_info
 from siamtrack.runners.cuda.driver import CudaDevice

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
-import gc
 import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import markdown_table
-from benchmarks.gpu_latency import FILL, TUNING, camera, moving_windows
+from benchmarks.gpu_frames import Opener, play_frames, same_results
+from benchmarks.gpu_memory import check_memory, check_out_of_memory
+from benchmarks.gpu_table import Table
 from evaluation.onepass import run_ope, summarise
 from evaluation.sequences import read_otb
 from model_export.compare import TOLERANCES, compare, folder_clip, scene_clip
 from model_export.crops import random_pairs
 from siamtrack import SiamTracker
-from siamtrack.benchmark import resident_memory_mib
-from siamtrack.bundle import Bundle, BundleError
-from siamtrack.crop import Image, Window, crop
-from siamtrack.runners import Features, Runner
-from siamtrack.runners.cuda.device import OutOfMemory
+from siamtrack.bundle import Bundle
+from siamtrack.crop import Window, crop
 from siamtrack.runners.cuda.driver import CudaDevice
 from siamtrack.runners.cuda.runner import KERNELS, THREADS
 from siamtrack.runners.cuda.staging import Staging
@@ -39,70 +33,6 @@ from siamtrack.runners.onnxruntime import OnnxRuntimeRunner
 
 CROP_WINDOWS = 3000
 PARITY_CROPS = 40
-DEVICE_GROWTH_MIB = 1.0
-HOST_GROWTH_MIB = 16.0
-
-
-@dataclass(frozen=True)
-class Check:
-    """A line of the table.
-
-    Attributes:
-        check: what was looked at.
-        subject: of which model, precision and engine.
-        measured: what came out.
-        wanted: what had to.
-        result: "pass", "FAIL" or "skipped".
-    """
-
-    check: str
-    subject: str
-    measured: str
-    wanted: str
-    result: str
-
-
-@dataclass
-class Table:
-    """Collects checks; a check that raises has failed."""
-
-    checks: list[Check] = field(default_factory=list)
-
-    def add(self, check: str, subject: str, measured: str, wanted: str, passed: bool) -> None:
-        """A check that was made."""
-        self._add(Check(check, subject, measured, wanted, "pass" if passed else "FAIL"))
-
-    def skip(self, check: str, subject: str, reason: str) -> None:
-        """A check that cannot be made here."""
-        self._add(Check(check, subject, reason, "", "skipped"))
-
-    @contextlib.contextmanager
-    def attempt(self, check: str, subject: str) -> Iterator[None]:
-        """Whatever is raised inside is a failure of this check, and the next ones go on."""
-        try:
-            yield
-        except Exception as error:
-            traceback.print_exc()
-            self._add(Check(check, subject, f"{type(error).__name__}: {error}", "no error", "FAIL"))
-
-    @property
-    def ok(self) -> bool:
-        """Nothing failed, and something passed."""
-        results = {check.result for check in self.checks}
-        return "FAIL" not in results and "pass" in results
-
-    def text(self) -> str:
-        """Markdown."""
-        rows = [(c.check, c.subject, c.measured, c.wanted, c.result) for c in self.checks]
-        return markdown_table(["check", "of", "measured", "wanted", ""], rows)
-
-    def _add(self, check: Check) -> None:
-        self.checks.append(check)
-        print(f"{check.result:8}{check.check}: {check.subject}: {check.measured}", flush=True)
-
-
-Opener = Callable[..., Any]
-"""Opens the runner of one subject; takes ``graphs`` and ``max_batch``."""
 
 
 def check_runner(
@@ -230,73 +160,19 @@ def check_replay(table: Table, subject: str, opener: Opener) -> None:
             table.skip("graph replay", subject, "the engine replays graphs of its own")
             return
         for targets in (1, 2, 4):
-            frames = [_frames(runner, targets) for runner in (replayed, queued)]
+            frames = [play_frames(runner, targets) for runner in (replayed, queued)]
             for ours, theirs in zip(*frames, strict=True):
                 for name in ("box_cxcywh", "score", "penalty", "response"):
                     worst = max(worst, float(np.abs(getattr(ours, name) - getattr(theirs, name)).max()))
     table.add("graph replay", subject, f"largest difference {worst:g}", "0", worst == 0)
 
 
-def _frames(runner: Runner, targets: int, count: int = 40) -> list[Any]:
-    """Results over moving windows that also change the size of the upload; templates are renewed on the way."""
-    images = camera((1280, 720), 4)
-    features = [runner.template(images[0], Window(50 * i, 30 * i, 120, 120), FILL, (60, 50)) for i in range(targets)]
-    prev_size = np.full((targets, 2), 60, np.float32)
-    results = []
-    for turn, windows in enumerate(moving_windows((1280, 720), targets, 300, count)):
-        side = (40, 223, 300, 700)[turn % 4]
-        if turn % 4 == 3:
-            _renew(runner, images[turn % 4], features, turn)
-        resized = [Window(w.left, w.top, side, side) for w in windows]
-        results.append(runner.search(images[turn % 4], resized, features, prev_size, TUNING))
-    return results
-
-
-def _renew(runner: Runner, image: Image, features: list[Features], turn: int) -> None:
-    """Renew the template of one target after the other, where the model can."""
-    if "update" in runner.bundle.manifest.graphs:
-        which = turn // 4 % len(features)
-        features[which] = runner.update(image, Window(20 * which, turn % 50, 100, 100), features[which])
-
-
-def check_memory(table: Table, subject: str, opener: Opener, frames: int) -> None:
-    """Device and host memory over many frames, with targets coming and going and templates renewed."""
-    with opener(max_batch=4) as runner:
-        images = camera((1280, 720), 4)
-        windows = moving_windows((1280, 720), 4, 300, 500)
-        prev_size = np.full((4, 2), 60, np.float32)
-        features: list[Features] = []
-
-        def play(count: int) -> None:
-            for turn in range(count):
-                if turn % 100 == 0:
-                    features[:] = [
-                        runner.template(images[0], Window(50 * i, 30 * i, 90, 90), FILL, (45, 40)) for i in range(4)
-                    ]
-                if turn % 4 == 3:
-                    _renew(runner, images[turn % 4], features, turn)
-                n = (1, 2, 4)[turn % 3]
-                these = windows[turn % len(windows)][:n]
-                runner.search(images[turn % 4], these, features[:n], prev_size[:n], TUNING)
-
-        play(min(frames, 1000))
-        gc.collect()
-        free, host = runner.device.memory()[0], resident_memory_mib()
-        play(frames)
-        gc.collect()
-        device_mib = (free - runner.device.memory()[0]) / 2**20
-        host_mib = resident_memory_mib() - host
-    measured = f"{frames} frames: device {device_mib:+.2f} MiB, host {host_mib:+.2f} MiB"
-    wanted = f"at most {DEVICE_GROWTH_MIB:g} and {HOST_GROWTH_MIB:g} MiB more"
-    table.add("memory", subject, measured, wanted, device_mib <= DEVICE_GROWTH_MIB and host_mib <= HOST_GROWTH_MIB)
-
-
 def check_threads(table: Table, subject: str, opener: Opener) -> None:
     """Another thread is refused and harms nothing; a runner opened on another thread works there."""
     with opener() as runner:
-        before = _frames(runner, 1, 4)
-        refused = [_on_a_thread(work) for work in (lambda: _frames(runner, 1, 1), runner.close)]
-        same = _same(before, _frames(runner, 1, 4))
+        before = play_frames(runner, 1, 4)
+        refused = [_on_a_thread(work) for work in (lambda: play_frames(runner, 1, 1), runner.close)]
+        same = same_results(before, play_frames(runner, 1, 4))
     there = _on_a_thread(lambda: _open_and_close(opener))
     ok = all(isinstance(error, RuntimeError) and "belongs to thread" in str(error) for error in refused)
     measured = f"search and close refused: {ok}, unharmed: {same}, on a thread of its own: {there or 'works'}"
@@ -305,7 +181,7 @@ def check_threads(table: Table, subject: str, opener: Opener) -> None:
 
 def _open_and_close(opener: Opener) -> None:
     with opener() as runner:
-        _frames(runner, 1, 4)
+        play_frames(runner, 1, 4)
 
 
 def check_contexts(table: Table, subject: str, opener: Opener) -> None:
@@ -314,12 +190,12 @@ def check_contexts(table: Table, subject: str, opener: Opener) -> None:
     from cuda.bindings import driver
 
     first, second = opener(), opener()
-    before = _frames(first, 1, 4)
+    before = play_frames(first, 1, 4)
     status, previous = driver.cuCtxGetCurrent()
     driver.cuCtxSetCurrent(0)  # whoever was here left no context at all
-    same = _same(before, _frames(first, 1, 4))
+    same = same_results(before, play_frames(first, 1, 4))
     first.close()
-    after_first = _same(before, _frames(second, 1, 4))
+    after_first = same_results(before, play_frames(second, 1, 4))
     second.close()
     driver.cuCtxSetCurrent(previous)
     product = float(torch.ones(64, 64, device="cuda").sum())
@@ -328,83 +204,6 @@ def check_contexts(table: Table, subject: str, opener: Opener) -> None:
     )
     ok = same and after_first and product == 4096 and int(status) == 0
     table.add("contexts", subject, measured, "all the same as before", ok)
-
-
-def check_out_of_memory(table: Table, subject: str, opener: Opener) -> None:
-    """A full GPU when a runner is opened, and when one that runs needs more: an error that says so, all given back."""
-    opener().close()  # what libraries take once, they have taken
-    if _shares_memory():
-        table.skip("out of memory", subject, "this GPU shares its memory with the system, which would suffer")
-        return
-    filler = CudaDevice()
-    try:
-        _drop_caches()
-        with _filled(filler, spare=2 << 20):
-            free = filler.memory()[0]
-            error = "no error"
-            try:
-                opener().close()
-            except (RuntimeError, BundleError) as caught:  # TensorRT and PyTorch have words of their own
-                error = type(caught).__name__  # not itself: it would keep what was half made
-            _drop_caches()
-            filler.enter()
-            lost = (free - filler.memory()[0]) / 2**20
-        measured = f"{error}, {lost:+.1f} MiB not given back"
-        table.add("out of memory, opening", subject, measured, "an error, 1 MiB", error != "no error" and lost <= 1)
-        with opener(max_batch=4) as runner:
-            before = _frames(runner, 1, 4)
-            image = np.zeros((2160, 3840, 3), np.uint8)
-            features = [runner.template(image, Window(0, 0, 90, 90), FILL, (45, 40))] * 4
-            wide, prev_size = [Window(0, -800, 3840, 3840)] * 4, np.full((4, 2), 60, np.float32)
-            told = False
-            with _filled(filler, spare=0):
-                try:
-                    runner.search(image, wide, features, prev_size, TUNING)
-                except OutOfMemory:
-                    told = True
-            same = _same(before, _frames(runner, 1, 4))
-            grown = runner.search(image, wide, features, prev_size, TUNING).score.shape == (4,)
-        measured = f"told {told}, same results afterwards {same}, works again with room {grown}"
-        table.add("out of memory, in flight", subject, measured, "all true", told and same and grown)
-    finally:
-        filler.close()
-
-
-def _shares_memory() -> bool:
-    """Is it a GPU without memory of its own, as in a Jetson?"""
-    from cuda.bindings import driver
-
-    _, device = driver.cuDeviceGet(0)
-    status, shared = driver.cuDeviceGetAttribute(driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED, device)
-    return int(status) == 0 and bool(shared)
-
-
-def _drop_caches() -> None:
-    """PyTorch keeps the memory it has freed."""
-    gc.collect()
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
-        sys.modules["torch"].cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def _filled(device: Any, spare: int) -> Iterator[None]:
-    """All device memory taken but some bytes."""
-    device.enter()
-    taken = []
-    piece = 1 << 36
-    while piece >= 1 << 12:
-        try:
-            if spare and device.memory()[0] - piece < spare:
-                raise OutOfMemory
-            taken.append(device.allocate(piece))
-        except OutOfMemory:
-            piece //= 2
-    try:
-        yield
-    finally:
-        device.enter()
-        for address in taken:
-            device.free(address)
 
 
 def check_interrupt(table: Table, scratch: Path) -> None:
@@ -428,7 +227,7 @@ def check_interrupt(table: Table, scratch: Path) -> None:
 INTERRUPTED = """
 import sys
 from pathlib import Path
-from benchmarks.gpu_checks import _frames
+from benchmarks.gpu_frames import play_frames
 from benchmarks.gpu_latency import export_random, network
 from benchmarks.gpu_torch import torch_engines
 from siamtrack.runners.cuda.driver import CudaDevice
@@ -438,12 +237,8 @@ bundle, device = export_random("siamcan-mobilenetv2", Path(sys.argv[1])), CudaDe
 runner = CudaRunner(bundle, device, torch_engines(bundle, network(bundle), device, half=True))
 print("running", flush=True)
 while True:
-    _frames(runner, 1)
+    play_frames(runner, 1)
 """
-
-
-def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return all(x.response.tobytes() == y.response.tobytes() for x, y in zip(a, b, strict=True))
 
 
 def _on_a_thread(work: Callable[[], Any]) -> Exception | None:

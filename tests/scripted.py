@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -81,14 +80,6 @@ class ScriptedRunner:
 
     def close(self) -> None:
         self.closed = True
-
-    def __enter__(self) -> ScriptedRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def play(tracker: SiamTracker, *scores: float, at: tuple[float, float] = CENTRE) -> list[Track]:

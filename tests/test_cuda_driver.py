@@ -270,13 +270,13 @@ def test_the_gpu_checks_of_crop_and_memory_run(run: Callable[..., list[str]]) ->
     # They are written for a GPU; here at least what they call is there, and their verdict on this one is right.
     lines = run(
         """
-from benchmarks import gpu_checks
-from benchmarks.gpu_checks import Table
+from benchmarks import gpu_checks, gpu_memory
+from benchmarks.gpu_table import Table
 gpu_checks.CROP_WINDOWS = 200
 library.fake_limit(ctypes.c_size_t(200 << 20))
 table = Table()
 gpu_checks.check_crop(table)
-gpu_checks.check_out_of_memory(table, "copies", runner)
+gpu_memory.check_out_of_memory(table, "copies", runner)
 print([check.result for check in table.checks])
 """,
     )

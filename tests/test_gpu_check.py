@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import csv
 import importlib.util
 import itertools
@@ -16,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import gpu_check, gpu_checks, gpu_latency, gpu_setup, write_csv
-from benchmarks.gpu_checks import Table
+from benchmarks import gpu_check, gpu_checks, gpu_latency, gpu_memory, gpu_setup, write_csv
 from benchmarks.gpu_latency import Case, camera, format_totals, moving_windows, percentiles, time_frames
+from benchmarks.gpu_table import Check, Table
 from siamtrack import Bundle
 from siamtrack.gpu import GpuInfo
 from siamtrack.runners import Features
@@ -174,7 +175,7 @@ def test_checks_pass_on_a_runner_that_is_right(default_bundle: Bundle, opener: A
     table = Table()
     gpu_checks.check_parity(table, "host", "fp32", default_bundle, opener, OPTIONS)
     gpu_checks.check_replay(table, "host", quick_opener)
-    gpu_checks.check_memory(table, "host", quick_opener, frames=30)
+    gpu_memory.check_memory(table, "host", quick_opener, frames=30)
     gpu_checks.check_threads(table, "host", quick_opener)
     assert results(table) == ["pass"] * 4, table.text()
 
@@ -192,17 +193,22 @@ def test_replay_and_memory_renew_templates(quick_opener: Any, monkeypatch: pytes
     gpu_checks.check_replay(table, "host", quick_opener)
     assert len(set(renewed)) == 2
     assert len(renewed) == 2 * 30  # 10 in the 40 frames of each number of targets
-    gpu_checks.check_memory(table, "host", quick_opener, frames=30)
+    gpu_memory.check_memory(table, "host", quick_opener, frames=30)
     assert len(set(renewed)) == 3
     assert results(table) == ["pass"] * 2, table.text()
 
 
 def test_what_is_interrupted_can_be_run() -> None:
     """A process of its own plays it, and only on a GPU: what it imports must be there."""
-    for node in ast.walk(ast.parse(gpu_checks.INTERRUPTED)):
+    nodes = list(ast.walk(ast.parse(gpu_checks.INTERRUPTED)))
+    for node in nodes:
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(str(node.module))
             assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
+    made = {node.name for node in nodes if isinstance(node, ast.alias)} | set(dir(builtins))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    made |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    assert {name.id for name in names} <= made
 
 
 def test_parity_fails_where_boxes_are_off(default_bundle: Bundle, opener: Any) -> None:
@@ -254,7 +260,7 @@ def test_memory_fails_where_it_grows(quick_opener: Any) -> None:
         return runner
 
     table = Table()
-    gpu_checks.check_memory(table, "host", open_leaking, frames=30)
+    gpu_memory.check_memory(table, "host", open_leaking, frames=30)
     assert results(table) == ["FAIL"]
 
 
@@ -392,7 +398,7 @@ def test_camera_images_lie_in_memory_of_their_own() -> None:
 def test_the_first_line_of_the_table_says_what_the_results_depend_on() -> None:
     pytest.importorskip("torch")
     row = gpu_check.facts(GpuInfo("NVIDIA Test", "9.0", 8 << 30))
-    assert set(row) == set(vars(gpu_checks.Check("", "", "", "", "")))
+    assert set(row) == set(vars(Check("", "", "", "", "")))
     assert row["subject"] == "NVIDIA Test, compute capability 9.0, 8 GiB"
     assert "torch" in row["measured"]
 
@@ -461,7 +467,7 @@ def test_a_failed_copy_of_the_naive_loop_is_told() -> None:
 def test_filling_memory_gives_it_back() -> None:
     device = HostDevice()
     device.limit = 1 << 20
-    with gpu_checks._filled(device, spare=0):
+    with gpu_memory._filled(device, spare=0):
         assert device.memory()[0] < 1 << 13
         with pytest.raises(CudaError):
             device.allocate(1 << 13)

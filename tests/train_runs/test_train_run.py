@@ -24,7 +24,7 @@ from torch import Tensor
 from siamtrack.nets.checkpoint import load_checkpoint
 from siamtrack.nets.decode import AnchorFree
 from siamtrack.plain import to_plain
-from tests.tiny_training import Seen, assert_same, moving_shapes, read, snapshot, tiny, watching
+from tests.tiny_training import Seen, assert_same, read, snapshot, tiny
 from training.loading import PairDataModule
 from training.module import VALIDATION, SiameseModule
 from training.objectives import SiamCAN
@@ -35,16 +35,6 @@ from training.train import main, train
 from training.watch import Throughput, git_commit
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return moving_shapes(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Seen]:
-    return watching(monkeypatch)
 
 
 def test_training_from_shards(data: Path, tmp_path: Path, watch: Callable[..., Seen]) -> None:

@@ -15,15 +15,10 @@ import pytest
 import torch
 
 from siamtrack.plain import to_plain
-from tests.tiny_training import assert_same, moving_shapes, read, tiny
+from tests.tiny_training import assert_same, read, tiny
 from training.watch import CHECKOUT
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return moving_shapes(tmp_path_factory.mktemp("data"))
 
 
 # Started by the next test, and once more by Lightning for the second process.
@@ -70,7 +65,7 @@ def test_a_batch_broken_in_one_process_stops_the_step_in_both(data: Path, tmp_pa
         check=True,
         timeout=300,
         capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
     )
     ranks = [read(tmp_path / "run" / f"rank{rank}.pt") for rank in (0, 1)]
     weights = [

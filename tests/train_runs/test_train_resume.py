@@ -14,22 +14,12 @@ import torch
 from model_export.onnx_export import export_bundle
 from model_export.verify import compare_with_onnxruntime, random_pairs
 from siamtrack.nets.checkpoint import load_checkpoint
-from tests.tiny_training import Seen, assert_same, moving_shapes, read, tiny, watching
+from tests.tiny_training import Seen, assert_same, read, tiny
 from training.module import SiameseModule
 from training.recipe import load_recipe
 from training.train import check_same_recipe, train
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return moving_shapes(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Seen]:
-    return watching(monkeypatch)
 
 
 def test_resume_is_exact_and_freezing_freezes(
